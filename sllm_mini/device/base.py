@@ -1,0 +1,109 @@
+"""What a device is, for the rest of the house: memory, streams, events and copies between them.
+
+`cpu` and `cuda` are the two answers to these protocols; nothing above this floor knows which one it holds.
+Addresses are plain integers and sizes are bytes. Taught in chapters 01 and 02.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+
+ALIGNMENT = 2 << 20
+"""Host buffers start on a huge page (2 MiB), which also satisfies every direct-I/O block size."""
+
+
+@runtime_checkable
+class Buffer(Protocol):
+    """One contiguous allocation. It lives as long as the last reference to it or to a tensor made from it."""
+
+    address: int
+    nbytes: int
+
+    def tensor(self) -> torch.Tensor:
+        """The whole buffer as a one-dimensional uint8 tensor that shares its memory and keeps it alive."""
+        ...
+
+    def close(self) -> None:
+        """Gives the memory back now if no tensor or view uses it, else when the last of them goes."""
+        ...
+
+
+@runtime_checkable
+class HostBuffer(Buffer, Protocol):
+    """A buffer the processor can address, and so a target of reads."""
+
+    pinned: bool
+
+    @property
+    def view(self) -> memoryview:
+        """The whole buffer as writable bytes."""
+        ...
+
+
+class Event(Protocol):
+    """A point in a stream's order of work."""
+
+    def done(self) -> bool:
+        """True once all work recorded before it has finished; never blocks."""
+        ...
+
+    def wait(self) -> None:
+        """Blocks the calling thread until it is done; raises DeviceError if the work failed."""
+        ...
+
+
+class Stream(Protocol):
+    """Work that runs in order, beside the processor and beside other streams."""
+
+    handle: int
+
+    def copy_from_host(self, dst: Buffer, dst_offset: int, src: HostBuffer, src_offset: int, nbytes: int) -> None:
+        """Enqueues a copy. `src` must stay unchanged until an event recorded after it is done."""
+        ...
+
+    def copy_to_host(self, dst: HostBuffer, dst_offset: int, src: Buffer, src_offset: int, nbytes: int) -> None:
+        """Enqueues a copy. `dst` holds the bytes once an event recorded after it is done."""
+        ...
+
+    def record(self) -> Event: ...
+
+    def wait_for(self, event: Event) -> None:
+        """Work enqueued after this call starts only once `event` is done; the processor does not block."""
+        ...
+
+    def synchronize(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Kernel(Protocol):
+    """A compiled device function."""
+
+    def __call__(self, stream: Stream, grid: Sequence[int], block: Sequence[int], args: Sequence[object]) -> None: ...
+
+
+class Device(Protocol):
+    """A place where tensors can live. `name` is torch's name for it: "cpu", "cuda:0"."""
+
+    name: str
+    is_host: bool
+
+    def free_nbytes(self) -> int:
+        """Bytes that an allocation may hope for now."""
+        ...
+
+    def allocate(self, nbytes: int) -> Buffer:
+        """Uninitialised memory. Raises OutOfMemoryError naming what was asked for and what is free."""
+        ...
+
+    def allocate_host(self, nbytes: int) -> HostBuffer:
+        """Host memory that this device copies from fastest (pinned for a GPU), ready to be read into."""
+        ...
+
+    def stream(self) -> Stream: ...
+
+    def synchronize(self) -> None: ...
