@@ -7,25 +7,29 @@ A fresh 4 KiB-page mapping costs ~320 ms per GB in page faults, huge pages ~40 (
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import errno
 import mmap
 import os
 from typing import TYPE_CHECKING
 
-from sllm_mini.device.base import ALIGNMENT, Buffer, Event, HostBuffer
+from sllm_mini.device.base import ALIGNMENT, Buffer, Event, HostBuffer, check_range, require_size
 from sllm_mini.errors import DeviceError, OutOfMemoryError
 
 if TYPE_CHECKING:
     import torch
 
-_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_MADV_POPULATE_READ = 22  # Linux 5.14
+_MADV_POPULATE_WRITE = 23
+_MAP_FIXED = 16
 _MADV_HUGEPAGE = 14
 _PAGE = mmap.PAGESIZE
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.mmap.restype = ctypes.c_void_p
 _libc.memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_libc.memmove.restype = None
 
 
 class HostMemory:
@@ -38,28 +42,37 @@ class HostMemory:
     pinned = False
 
     def __init__(self, nbytes: int, *, huge_pages: bool = True, populate: bool = False) -> None:
-        if nbytes < 0:
-            raise ValueError(f"a buffer cannot have {nbytes} bytes; ask for 0 or more")
+        require_size(nbytes)
         self.nbytes = nbytes
-        length = max(nbytes, 1) + ALIGNMENT
+        self._view: memoryview | None = None
+        # Whole huge pages, and room to move the start to the next boundary: the advice below never leaves the mapping.
+        huge_nbytes = -(-nbytes // ALIGNMENT) * ALIGNMENT
         try:
-            mapping = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            mapping = mmap.mmap(-1, huge_nbytes + ALIGNMENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError, ValueError) as error:
-            raise OutOfMemoryError(f"the host gave no mapping of {nbytes:,} bytes ({error}); {available_nbytes():,} are free") from error
+            raise OutOfMemoryError(
+                f"the host gave no mapping of {nbytes:,} bytes ({error}); {available_nbytes():,} are free, ask for less"
+            ) from error
         start = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         skip = -start % ALIGNMENT
-        self.address = start + skip
-        self._view: memoryview | None = memoryview(mapping)[skip : skip + nbytes]
+        self._address = start + skip
+        self._view = memoryview(mapping)[skip : skip + nbytes]
         if huge_pages and nbytes >= ALIGNMENT:
             # Advice only: a kernel without transparent huge pages refuses and 4 KiB pages serve.
-            _libc.madvise(self.address, -(-nbytes // ALIGNMENT) * ALIGNMENT if skip + nbytes < length - ALIGNMENT else nbytes // _PAGE * _PAGE, _MADV_HUGEPAGE)
+            _libc.madvise(self._address, huge_nbytes, _MADV_HUGEPAGE)
         if populate:
             self.populate(0, nbytes)
 
     @property
+    def address(self) -> int:
+        if self._view is None:
+            raise DeviceError("this host buffer was closed; take a new one")
+        return self._address
+
+    @property
     def view(self) -> memoryview:
         if self._view is None:
-            raise DeviceError("this host buffer was closed")
+            raise DeviceError("this host buffer was closed; take a new one")
         return self._view
 
     def populate(self, offset: int, nbytes: int) -> None:
@@ -68,7 +81,8 @@ class HostMemory:
         Pages touched that the range shares with its neighbours are backed too. Raises OutOfMemoryError when the
         host has no page to give. Safe from several threads on disjoint ranges; the GIL is free meanwhile.
         """
-        if nbytes <= 0:
+        check_range("host", self, offset, nbytes)
+        if nbytes == 0:
             return
         start = (self.address + offset) // _PAGE * _PAGE
         end = self.address + offset + nbytes
@@ -76,10 +90,30 @@ class HostMemory:
             return
         code = ctypes.get_errno()
         if code in (errno.ENOMEM, errno.EFAULT):
-            raise OutOfMemoryError(f"the host could not back {nbytes:,} bytes with memory; {available_nbytes():,} are free")
+            raise OutOfMemoryError(
+                f"the host could not back {nbytes:,} bytes with memory; {available_nbytes():,} are free, ask for less"
+            )
         view = self.view  # EINVAL: a kernel older than 5.14. Read and write back one byte a page.
-        for at in range(offset, offset + nbytes, _PAGE):
+        view[offset] = view[offset]
+        for at in range(start + _PAGE - self._address, offset + nbytes, _PAGE):
             view[at] = view[at]
+
+    def map_file(self, offset: int, fd: int, file_offset: int, nbytes: int) -> None:
+        """Replaces `[offset, offset + nbytes)` by a private mapping of a file: nothing is copied until it is written.
+
+        Both offsets and the end must be multiples of the page size. Pages in the page cache are mapped at once. A
+        write goes to this process alone; a file that others truncate meanwhile kills the reader, so map only files
+        that are replaced, never changed in place. Raises DeviceError if the kernel refuses.
+        """
+        check_range("host", self, offset, nbytes)
+        if nbytes == 0:
+            return
+        place = self.address + offset
+        flags = mmap.MAP_PRIVATE | _MAP_FIXED
+        if _libc.mmap(place, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, file_offset) != place:
+            raise DeviceError(f"{nbytes:,} bytes of a file could not be mapped ({os.strerror(ctypes.get_errno())})")
+        # Populating for reading maps what is cached; for writing (MAP_POPULATE) it would copy every page.
+        _libc.madvise(place, nbytes, _MADV_POPULATE_READ)
 
     def tensor(self) -> torch.Tensor:
         import torch
@@ -104,6 +138,15 @@ def available_nbytes() -> int:
     return 0
 
 
+def _require_free(nbytes: int) -> None:
+    # Linux promises more than it has: populating past the last free page wakes the out-of-memory killer, not us.
+    free = available_nbytes()
+    if free and nbytes > free:
+        raise OutOfMemoryError(
+            f"the host has {free:,} bytes free and {nbytes:,} were asked for; free some or load a smaller model"
+        )
+
+
 class _Done:
     """The event of a device whose work is finished when the call returns."""
 
@@ -120,14 +163,13 @@ class CpuStream:
     handle = 0
 
     def copy_from_host(self, dst: Buffer, dst_offset: int, src: HostBuffer, src_offset: int, nbytes: int) -> None:
-        _check_range("destination", dst, dst_offset, nbytes)
-        _check_range("source", src, src_offset, nbytes)
-        _libc.memmove(dst.address + dst_offset, src.address + src_offset, nbytes)
+        _copy(dst, dst_offset, src, src_offset, nbytes)
 
     def copy_to_host(self, dst: HostBuffer, dst_offset: int, src: Buffer, src_offset: int, nbytes: int) -> None:
-        _check_range("destination", dst, dst_offset, nbytes)
-        _check_range("source", src, src_offset, nbytes)
-        _libc.memmove(dst.address + dst_offset, src.address + src_offset, nbytes)
+        _copy(dst, dst_offset, src, src_offset, nbytes)
+
+    def copy_on_device(self, dst: Buffer, dst_offset: int, src: Buffer, src_offset: int, nbytes: int) -> None:
+        _copy(dst, dst_offset, src, src_offset, nbytes)
 
     def record(self) -> Event:
         return _Done()
@@ -142,9 +184,10 @@ class CpuStream:
         return None
 
 
-def _check_range(what: str, buffer: Buffer, offset: int, nbytes: int) -> None:
-    if offset < 0 or nbytes < 0 or offset + nbytes > buffer.nbytes:
-        raise DeviceError(f"bytes {offset:,} to {offset + nbytes:,} are outside the {what} buffer of {buffer.nbytes:,} bytes")
+def _copy(dst: Buffer, dst_offset: int, src: Buffer, src_offset: int, nbytes: int) -> None:
+    check_range("destination", dst, dst_offset, nbytes)
+    check_range("source", src, src_offset, nbytes)
+    _libc.memmove(dst.address + dst_offset, src.address + src_offset, nbytes)
 
 
 class CpuDevice:
@@ -157,12 +200,11 @@ class CpuDevice:
         return available_nbytes()
 
     def allocate(self, nbytes: int) -> HostMemory:
-        free = available_nbytes()
-        if free and nbytes > free:
-            raise OutOfMemoryError(f"the host has {free:,} bytes free and {nbytes:,} were asked for; free some or load a smaller model")
+        _require_free(nbytes)
         return HostMemory(nbytes)
 
     def allocate_host(self, nbytes: int) -> HostMemory:
+        _require_free(nbytes)
         return HostMemory(nbytes, populate=True)
 
     def stream(self) -> CpuStream:

@@ -1,0 +1,160 @@
+"""Checkpoints from Hugging Face directories and from live models.
+
+A directory's safetensors files, single or sharded, are streamed: no tensor is ever whole in memory. Weights that exist
+only as pickles are refused, because reading them may run code. Taught in chapter 01.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sllm_mini.checkpoint.directory import Checkpoint, open_checkpoint
+from sllm_mini.checkpoint.index import companion_name_problem
+from sllm_mini.checkpoint.safetensors_file import FileBytes, SafetensorsEntry, read_header
+from sllm_mini.checkpoint.source import Source, SourceTensor
+from sllm_mini.checkpoint.writer import WriteOptions, write_checkpoint
+from sllm_mini.errors import CheckpointError, FormatError
+from sllm_mini.types import ProgressCallback
+
+if TYPE_CHECKING:
+    import torch
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_COMPANION_LIMIT = 256 << 20
+
+
+def save_checkpoint(
+    source: torch.nn.Module | Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    options: WriteOptions | None = None,
+    progress: ProgressCallback | None = None,
+) -> Checkpoint:
+    """Saves a live module or a mapping of names to tensors, on any device, ties and views kept.
+
+    A transformers model brings its configuration along. Raises UnsupportedError for what cannot be saved,
+    CheckpointExistsError and WriteError. The tensors must not change meanwhile.
+    """
+    from sllm_mini.checkpoint.torch_source import torch_source
+
+    write_checkpoint(torch_source(source), path, options or WriteOptions(), progress)
+    return open_checkpoint(path)
+
+
+def convert_checkpoint(
+    src: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    options: WriteOptions | None = None,
+    progress: ProgressCallback | None = None,
+) -> Checkpoint:
+    """Converts a Hugging Face directory, or one safetensors file, with its configuration and tokenizer files.
+
+    Peak memory grows by threads × 16 MiB, whatever the size of the model. Raises CheckpointError or FormatError,
+    naming the file, for a source that is missing or broken; CheckpointExistsError and WriteError for the target.
+    """
+    origin = Path(src)
+    files = _weight_files(origin)
+    with ExitStack() as stack:
+        tensors: list[SourceTensor] = []
+        storages: list[FileBytes] = []
+        for file, wanted in files.items():
+            entries = read_header(file)
+            _check_shard(file, entries, wanted)
+            try:
+                fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise CheckpointError(f"it cannot be opened: {error.strerror}", path=file) from error
+            stack.callback(os.close, fd)
+            for entry in entries:
+                tensors.append(SourceTensor(entry.name, entry.dtype, entry.shape, _contiguous(entry.shape), len(storages)))
+                storages.append(FileBytes(fd, file, entry.offset, entry.nbytes))
+        _check_unique(tensors, origin)
+        write_checkpoint(Source(tensors, storages, (), _companions(origin)), path, options or WriteOptions(), progress)
+    return open_checkpoint(path)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+def _weight_files(origin: Path) -> dict[Path, set[str] | None]:
+    """The safetensors files of a source and the tensors each must hold (None: whatever it holds)."""
+    if origin.is_file():
+        return {origin: None}
+    if not origin.is_dir():
+        raise CheckpointError("there is no such directory", path=origin)
+    if (origin / _INDEX).is_file():
+        return _sharded(origin)
+    if (origin / _SINGLE).is_file():
+        return {origin / _SINGLE: None}
+    found = sorted(origin.glob("*.safetensors"))
+    if len(found) == 1:
+        return {found[0]: None}
+    if found:
+        raise CheckpointError(f"it holds {len(found)} safetensors files but no {_INDEX} that says how they belong together", path=origin)
+    if any(origin.glob("*.bin")) or any(origin.glob("*.pt")) or any(origin.glob("*.pth")):
+        raise CheckpointError("its weights are pickles, which may run code when read; save the model as safetensors first", path=origin)
+    raise CheckpointError("it holds no safetensors file", path=origin)
+
+
+def _sharded(origin: Path) -> dict[Path, set[str] | None]:
+    index = origin / _INDEX
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        pairs = list(weight_map.items())
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read: {error.strerror}", path=index) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError("it is not a JSON object with a weight_map", path=index) from error
+    files: dict[Path, set[str] | None] = {}
+    for name, file in pairs:
+        if not isinstance(file, str) or companion_name_problem(file) is not None:
+            raise FormatError(f"tensor {name[:200]!r} is said to be in {str(file)[:200]!r}, which is not a file of this directory", path=index)
+        names = files.setdefault(origin / file, set())
+        assert names is not None  # for the type checker: this function makes only sets
+        names.add(name)
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{_INDEX} names it but it is missing", path=missing[0])
+    return dict(sorted(files.items()))
+
+
+def _check_shard(file: Path, entries: list[SafetensorsEntry], wanted: set[str] | None) -> None:
+    if wanted is None:
+        return
+    held = {entry.name for entry in entries}
+    if held != wanted:
+        lost = sorted(held ^ wanted)[0]
+        raise FormatError(f"{_INDEX} and the file disagree about tensor {lost[:200]!r}", path=file)
+
+
+def _check_unique(tensors: list[SourceTensor], origin: Path) -> None:
+    seen: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in seen:
+            raise FormatError(f"tensor {tensor.name[:200]!r} is in two of its files", path=origin)
+        seen.add(tensor.name)
+
+
+def _companions(origin: Path) -> dict[str, bytes | Path]:
+    """The model's own small files: configuration, tokenizer, templates; never weights, never code."""
+    folder = origin if origin.is_dir() else origin.parent
+    files: dict[str, bytes | Path] = {}
+    for file in sorted(folder.iterdir()) if origin.is_dir() else []:
+        small = file.is_file() and file.stat().st_size <= _COMPANION_LIMIT
+        wanted = file.suffix in _COMPANION_SUFFIXES or file.name.upper().startswith("LICENSE")
+        if small and wanted and not file.name.endswith(".index.json") and companion_name_problem(file.name) is None:
+            files[file.name] = file
+    return files

@@ -1,0 +1,118 @@
+"""All or nothing: a directory is written under a hidden name beside its target and appears in one rename.
+
+A reader sees a whole directory or none; a writer that dies leaves only a hidden directory, which the next writer of
+the same target removes. Linux only (renameat2). Not safe for two threads on one target; two processes may race: one
+wins, the other gets CheckpointExistsError. Taught in chapter 01.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sllm_mini.errors import CheckpointExistsError, WriteError
+
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@contextmanager
+def publish(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty hidden directory beside `target`; when the body ends well, it becomes `target`, fsynced.
+
+    With `overwrite`, an existing directory is exchanged atomically and then removed. If the body raises, nothing of
+    it stays. Raises CheckpointExistsError if `target` exists and may not be replaced, WriteError (with the reason)
+    for everything the file system refuses, a full disk included.
+    """
+    path = Path(os.path.abspath(target))
+    if os.path.lexists(path) and not overwrite:
+        raise CheckpointExistsError("it exists already; choose another path or ask to overwrite it", path=path)
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+        raise CheckpointExistsError("it is not a directory and so cannot be replaced by a checkpoint", path=path)
+    work: Path | None = None
+    lock = -1
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        work = Path(tempfile.mkdtemp(prefix=_hidden_prefix(path), dir=path.parent))
+        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tells a later writer that this one is alive
+        yield work
+        work.chmod(0o777 & ~_umask())
+        _sync_tree(work)
+        _rename(work, path, overwrite)
+        work = work if os.path.lexists(work) else None  # after an exchange: the directory that was replaced
+        _sync(path.parent)
+    except OSError as error:
+        raise WriteError(f"it cannot be written: {error.strerror or error}", path=error.filename or path) from error
+    finally:
+        if lock >= 0:
+            os.close(lock)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _hidden_prefix(path: Path) -> str:
+    return f".{path.name}.writing-"
+
+
+def _remove_abandoned(path: Path) -> None:
+    for entry in path.parent.glob(f"{_hidden_prefix(path)}*"):
+        try:
+            fd = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue  # not a directory of ours, or already gone
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue  # its writer is alive
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+        finally:
+            os.close(fd)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_tree(path: Path) -> None:
+    for folder, _, files in os.walk(path):
+        for name in files:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+
+
+def _rename(source: Path, target: Path, overwrite: bool) -> None:
+    exchange = overwrite and os.path.lexists(target)
+    flags = _RENAME_EXCHANGE if exchange else _RENAME_NOREPLACE
+    if _libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
+        return
+    code = ctypes.get_errno()
+    if code == errno.EEXIST:
+        raise CheckpointExistsError("another writer made it meanwhile; choose another path or ask to overwrite it", path=target)
+    if code in (errno.EINVAL, errno.ENOSYS) and not exchange:
+        os.rename(source, target)  # a file system without the flag; a directory never replaces a non-empty one
+        return
+    if code in (errno.EINVAL, errno.ENOSYS):
+        raise WriteError("this file system cannot exchange two directories; delete the old one first", path=target)
+    raise OSError(code, os.strerror(code), os.fspath(target))

@@ -1,0 +1,197 @@
+"""A transformers model made around the loader's tensors: a skeleton on the meta device, then filled.
+
+No second copy of the weights ever exists: parameters are the loaded views themselves. The skeleton is built while the
+bytes are being read. Buffers that no checkpoint holds (rotary frequencies, masks) are computed by the model's own
+code, so they are right by construction. Taught in chapters 00 and 01.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from sllm_mini.checkpoint.directory import Checkpoint, open_checkpoint
+from sllm_mini.checkpoint.dtypes import ITEM_NBYTES, torch_dtype
+from sllm_mini.device import get_device
+from sllm_mini.device.base import Device
+from sllm_mini.errors import ModelError
+from sllm_mini.loading.load import start_load
+from sllm_mini.loading.pipeline import LoadOptions
+from sllm_mini.types import Span, SpanRecorder, Warmth
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_patch_lock = threading.Lock()
+
+
+def load_model(
+    path: str | os.PathLike[str] | Checkpoint,
+    device: str | Device = "cpu",
+    *,
+    verify: bool = True,
+    options: LoadOptions | None = None,
+    recorder: SpanRecorder | None = None,
+) -> PreTrainedModel:
+    """A transformers causal language model with the checkpoint's weights, in evaluation mode.
+
+    Gives the outputs of `from_pretrained` on the same weights bit for bit. `recorder` gets the spans "skeleton",
+    "bytes" and "fill". Raises what `start_load` and `LoadHandle.wait` raise, and ModelError for a checkpoint without a
+    usable configuration or whose tensors are not those of the model. Safe from several threads.
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    target = get_device(device)
+    span = recorder.span if recorder is not None else lambda *_args, **_options: nullcontext()
+    started = time.monotonic()
+    with start_load(checkpoint, target, verify=verify, options=options) as handle:
+        with span("skeleton", warmth=Warmth.RUNTIME):
+            model = build_skeleton(checkpoint)
+        with span("bytes", warmth=Warmth.DEVICE, nbytes=checkpoint.nbytes):
+            tensors = handle.wait()
+        if recorder is not None:
+            end = started + handle.report.seconds
+            recorder.spans.append(Span("bytes", started, end, "loader", checkpoint.nbytes, Warmth.DEVICE))
+    with span("fill", warmth=Warmth.READY):
+        fill(model, tensors, target.name, checkpoint)
+    return model
+
+
+def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model that `config.json` describes: parameters on the meta device, buffers real, nothing initialised."""
+    if not any(companion.file == "config.json" for companion in checkpoint.index.companions):
+        raise ModelError(f"{checkpoint.path}: the checkpoint carries no config.json, so no model can be built; load_tensors still works")
+    checkpoint.read_companion("config.json")  # its hash is checked before anything believes it
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelError(f"{checkpoint.path}: config.json asks for quantised modules, which load_model does not build; load_tensors still works")
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=_model_dtype(config, checkpoint))
+        if any(companion.file == "generation_config.json" for companion in checkpoint.index.companions):
+            checkpoint.read_companion("generation_config.json")
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{checkpoint.path}: config.json does not describe a causal language model that can be built: {reason}") from error
+    return model.eval()
+
+
+def _model_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype `from_pretrained` would choose: the configuration's, else the one most bytes are stored in."""
+    named = getattr(config, "dtype", None)
+    if named is not None:
+        return torch_dtype(str(named).removeprefix("torch."))
+    nbytes: dict[str, int] = {}
+    for tensor in checkpoint.index.tensors:
+        if tensor.dtype.startswith(("float", "bfloat")) and ITEM_NBYTES[tensor.dtype] > 1:
+            nbytes[tensor.dtype] = nbytes.get(tensor.dtype, 0) + tensor.nbytes
+    return torch_dtype(max(nbytes, key=lambda name: nbytes[name], default="float32"))
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """While it lasts, each parameter that this thread registers in a module moves to the meta device at once, before
+    any initialisation can touch its memory. Buffers stay real. The idea is accelerate's `init_empty_weights`."""
+    import torch
+
+    thread = threading.get_ident()
+
+    with _patch_lock:
+        register = torch.nn.Module.register_parameter
+
+        def register_on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+            register(module, name, parameter)
+            if parameter is not None and threading.get_ident() == thread:
+                module._parameters[name] = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+        torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            torch.nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+
+
+def fill(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], device: str, checkpoint: Checkpoint) -> None:
+    """Puts loaded tensors in the place of a skeleton's parameters and buffers, and ties what the model ties.
+
+    Raises ModelError if the model lacks a tensor or a shape differs; warns about tensors that it has no place for.
+    """
+    import torch
+
+    slots = _slots(model)
+    matched = _match_names(model, slots, tensors)
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, source in tied.items():
+        # Saved from a live model: both names, one storage. Tying again is free; comparing them would read both.
+        if target in matched and source in matched and matched[target].data_ptr() == matched[source].data_ptr():
+            del matched[target]
+    for name, tensor in matched.items():
+        module, leaf = slots[name]
+        _put(module, leaf, name, tensor, checkpoint)
+    missing = set(slots) - set(matched)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    for name in sorted(missing):
+        module, leaf = slots[name]
+        value = module._parameters.get(leaf, module._buffers.get(leaf))
+        if value is not None and value.is_meta:
+            optional = any(pattern.search(name) for pattern in ignored)
+            raise ModelError(f"{checkpoint.path}: the model needs tensor {name!r}, which the checkpoint does not hold" + (" (optional, but not computable)" if optional else ""))
+    if device != "cpu":
+        for module in model.modules():
+            for leaf, value in module._buffers.items():
+                if value is not None and value.device.type == "cpu":
+                    module._buffers[leaf] = value.to(torch.device(device))
+
+
+def _slots(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
+    """Every parameter and persistent buffer by its full name, with the module that holds it."""
+    slots: dict[str, tuple[torch.nn.Module, str]] = {}
+    for prefix, module in model.named_modules():
+        start = f"{prefix}." if prefix else ""
+        leaves = [leaf for leaf, value in module._parameters.items() if value is not None]
+        leaves += [leaf for leaf, value in module._buffers.items() if value is not None and leaf not in module._non_persistent_buffers_set]
+        slots.update({start + leaf: (module, leaf) for leaf in leaves})
+    return slots
+
+
+def _match_names(model: PreTrainedModel, slots: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under the model's own names. A checkpoint of the bare model lacks its prefix, or has one too many."""
+    prefix = f"{model.base_model_prefix}."
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    matched: dict[str, torch.Tensor] = {}
+    unexpected: list[str] = []
+    for name, tensor in tensors.items():
+        found = next((option for option in (name, prefix + name, name.removeprefix(prefix)) if option in slots), None)
+        if found is not None and found not in matched:
+            matched[found] = tensor
+        elif not any(pattern.search(name) for pattern in ignored):
+            unexpected.append(name)
+    if unexpected:
+        warnings.warn(f"the model has no place for {len(unexpected)} tensors of the checkpoint, such as {unexpected[0]!r}", stacklevel=4)
+    return matched
+
+
+def _put(module: torch.nn.Module, leaf: str, name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:
+    import torch
+
+    current = module._parameters.get(leaf)
+    place = current if current is not None else module._buffers[leaf]
+    if place is None or place.shape != tensor.shape:
+        expected = None if place is None else tuple(place.shape)
+        raise ModelError(f"{checkpoint.path}: tensor {name!r} has shape {tuple(tensor.shape)} but the model needs {expected}")
+    if tensor.dtype != place.dtype and place.is_floating_point():
+        tensor = tensor.to(place.dtype)  # as from_pretrained does where file and configuration differ
+    if current is not None:
+        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor

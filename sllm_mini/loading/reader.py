@@ -1,0 +1,68 @@
+"""Reads one partition, around the page cache where that is allowed and from it where it already holds the bytes.
+
+Direct reads need the file offset, the length and the address to be multiples of the block; the format pads files so
+that they always are. Where a file system refuses, the reader falls back by itself and says so. Taught in chapter 02.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from sllm_mini.checkpoint.directory import Checkpoint
+from sllm_mini.errors import LoadError
+from sllm_mini.loading.residency import cached_nbytes
+
+_NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
+
+
+class PartitionReader:
+    """One partition, open for buffered and, where possible, direct reads. Safe from several threads until closed."""
+
+    def __init__(self, checkpoint: Checkpoint, number: int, *, direct: bool) -> None:
+        self.path: Path = checkpoint.path / checkpoint.index.partitions[number].file
+        self.fallback: str | None = None
+        """Why reads are buffered although direct ones were asked for; None if they are not."""
+        self.fd = checkpoint.open_partition(number)
+        self._direct_fd: int | None = None
+        if direct:
+            try:
+                self._direct_fd = checkpoint.open_partition(number, os.O_DIRECT)
+            except OSError as error:
+                self.fallback = f"direct I/O refused ({error.strerror})"
+            except BaseException:
+                os.close(self.fd)
+                raise
+
+    def is_cached(self, offset: int, nbytes: int) -> bool:
+        """True if the page cache holds all of the range; False also where the system does not say."""
+        return cached_nbytes(self.fd, offset, nbytes) == nbytes
+
+    def read(self, view: memoryview, offset: int, *, cached: bool) -> bool:
+        """Fills `view` from `offset` and returns whether the read went around the page cache.
+
+        Raises LoadError, naming the file and the byte, for a read error or a file that ends early.
+        """
+        direct = self._direct_fd is not None and not cached
+        at = 0
+        while at < len(view):
+            fd = self._direct_fd if direct and self._direct_fd is not None else self.fd
+            try:
+                count = os.preadv(fd, [view[at:]], offset + at)
+            except OSError as error:
+                if direct and error.errno in _NO_DIRECT:
+                    self.fallback = f"a direct read was refused ({error.strerror})"
+                    direct = False
+                    continue
+                raise LoadError(f"it cannot be read: {error.strerror}", path=self.path, offset=offset + at) from error
+            if count == 0:
+                raise LoadError(f"the file ends here; {len(view) - at:,} more bytes were expected", path=self.path, offset=offset + at)
+            at += count
+        return direct
+
+    def close(self) -> None:
+        for fd in (self.fd, self._direct_fd):
+            if fd is not None:
+                os.close(fd)
+        self._direct_fd = None
