@@ -65,6 +65,9 @@ def flatten_composite(name: str, tensor: torch.Tensor) -> tuple[CompositeEntry, 
 def _take_apart(name: str, tensor: torch.Tensor) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
     import torch
 
+    what = f"{type(tensor).__qualname__} of {tensor.dtype} ({tensor.layout})"
+    if tensor.is_nested:
+        raise UnsupportedError(f"tensor {name!r} is a nested {what}, which cannot be saved; save its parts one by one")
     shape = list(tensor.shape)
     if _tag(type(tensor)) in _wrappers:
         attributes, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -81,7 +84,6 @@ def _take_apart(name: str, tensor: torch.Tensor) -> tuple[str, dict[str, torch.T
         coo = kind == "torch.sparse_coo"
         parts = {part: getattr(tensor, f"_{part}" if coo else part)() for part in _SPARSE[kind]}
         return kind, parts, {"shape": shape, "coalesced": tensor.is_coalesced()} if coo else {"shape": shape}
-    what = f"{type(tensor).__qualname__} of {tensor.dtype} ({tensor.layout})"
     raise UnsupportedError(f"tensor {name!r} is a {what}, which cannot be saved; name its class with allow_composite first")
 
 

@@ -110,16 +110,18 @@ def _overlapping(views: list[_View]) -> list[list[int]]:
         tensor = views[number].tensor
         return str(tensor.device), tensor.untyped_storage().data_ptr(), views[number].start
 
+    empty = [[number] for number, view in enumerate(views) if view.start == view.end]
     groups: list[list[int]] = []
     storage, reach = None, 0
-    for number in sorted(range(len(views)), key=by_place):
+    for number in sorted((number for number, view in enumerate(views) if view.start < view.end), key=by_place):
         *here, start = by_place(number)
-        if here == storage and start < reach and views[number].end > start:
+        if here == storage and start < reach:
             groups[-1].append(number)
+            reach = max(reach, views[number].end)
         else:
             groups.append([number])
-            storage, reach = here, 0
-        reach = max(reach, views[number].end)
+            storage, reach = here, views[number].end
+    groups += empty
     return sorted((sorted(group) for group in groups), key=lambda group: group[0])
 
 
