@@ -266,14 +266,14 @@ class Pipeline:
         self._on_end(self._error)
 
     def _release(self) -> None:
-        for reader in self._readers:
-            reader.close()
-        for stream in self._streams.values():
-            stream.close()
-        for slots in self._slots:
-            for slot in slots:
-                slot.close()
-            slots.clear()
+        """Gives back everything but the target's memory. A stream of a lost device may refuse to close: then that is
+        the load's error, unless it has one already."""
+        for held in (*self._readers, *self._streams.values(), *(slot for slots in self._slots for slot in slots)):
+            try:
+                held.close()
+            except SllmError as error:
+                self._error = self._error or error
+        self._slots = []
         self._streams.clear()
         self._buffers = ()  # the handle decides how long they live
         error = self._error

@@ -1,0 +1,360 @@
+"""Chapter 02: the pipeline's plan, order, overlap and ring; CPU and (recorded) GPU targets; nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sllm_mini.checkpoint import Checkpoint, WriteOptions, save_checkpoint
+from sllm_mini.checkpoint.hashing import CHUNK_NBYTES
+from sllm_mini.device.cuda_stream import CudaEvent
+from sllm_mini.device.fake import RecordingRuntime
+from sllm_mini.errors import DeviceError, IntegrityError, LoadCancelled, LoadError, OutOfMemoryError
+from sllm_mini.loading import LoadOptions, load_tensors, start_load
+from sllm_mini.loading.pipeline import next_chunk
+from sllm_mini.loading.plan import Chunk, plan_load
+from sllm_mini.loading.reader import PartitionReader
+from sllm_mini.loading.residency import cached_nbytes
+from sllm_mini.types import SpanRecorder
+
+SMALL = LoadOptions(chunk_nbytes=CHUNK_NBYTES, threads=3, ring_chunks=2)
+
+
+@pytest.fixture(scope="module")
+def saved() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    tensors = {"model.embed_tokens.weight": torch.randn(700, 512)}
+    tensors |= {f"model.layers.{number}.w": torch.randn(900, 517) for number in range(12)}
+    tensors |= {"model.norm.weight": torch.randn(512), "empty": torch.empty(0, 3), "scalar": torch.tensor(7)}
+    return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(saved: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return save_checkpoint(saved, tmp_path_factory.mktemp("c") / "c", options=WriteOptions(partition_nbytes=9 << 20))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    threads, files = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
+    yield
+    gc.collect()
+    assert {thread.name for thread in set(threading.enumerate()) - threads} == set()
+    assert len(set(os.listdir("/proc/self/fd"))) <= len(files)
+
+
+def evict(checkpoint: Checkpoint) -> None:
+    for number in range(len(checkpoint.index.partitions)):
+        fd = checkpoint.open_partition(number)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def assert_equal(found: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(found[name], tensor), name
+
+
+# The plan
+
+
+@st.composite
+def subsets(draw: st.DrawFn) -> tuple[list[str], int, int]:
+    names = ["model.embed_tokens.weight", *[f"model.layers.{n}.w" for n in range(12)], "model.norm.weight", "empty", "scalar", "lm_head.weight"]
+    return draw(st.lists(st.sampled_from(names), unique=True)), draw(st.sampled_from([CHUNK_NBYTES, 3 * CHUNK_NBYTES])), draw(st.sampled_from([4096, CHUNK_NBYTES]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(subset=subsets(), devices=st.sampled_from([{"": 0}, {"": 0, "model.layers": 1}, {"": 1, "model.layers.3": 0, "lm_head": 0}]))
+def test_a_plan_reads_each_needed_byte_once_into_its_own_place(checkpoint: Checkpoint, subset: tuple[list[str], int, int], devices: dict[str, int]) -> None:
+    names, chunk_nbytes, granule = subset
+    plan = plan_load(checkpoint.index, devices, names=names, chunk_nbytes=chunk_nbytes, granule=granule)
+    for device, nbytes in enumerate(plan.device_nbytes):
+        own = sorted((chunk.device_offset, chunk.nbytes) for chunk in plan.chunks if chunk.device == device)
+        assert [at for at, _ in own] == [sum(size for _, size in own[:number]) for number in range(len(own))], "no hole, no overlap"
+        assert sum(size for _, size in own) == nbytes
+    for chunk in plan.chunks:
+        assert chunk.nbytes <= chunk_nbytes and chunk.file_offset % 4096 == chunk.device_offset % 4096 == chunk.nbytes % 4096 == 0
+        assert chunk.file_offset // chunk_nbytes == (chunk.file_offset + chunk.nbytes - 1) // chunk_nbytes
+    assert [chunk.layer for chunk in plan.chunks] == sorted(chunk.layer for chunk in plan.chunks), "execution order"
+    for tensor, device in plan.tensors:
+        place, numbers = plan.place(tensor, device), set(plan.chunks_of(tensor, device))
+        expected = {
+            chunk.number for chunk in plan.chunks
+            if chunk.device == device and chunk.device_offset < place + tensor.nbytes and place < chunk.device_offset + chunk.nbytes
+        }  # fmt: skip
+        assert numbers == (expected if tensor.nbytes else set())
+        for number in numbers:
+            chunk = plan.chunks[number]
+            assert chunk.partition == tensor.partition
+            assert chunk.device_offset - place == chunk.file_offset - tensor.offset, "the file's bytes land under the tensor"
+
+
+def test_a_whole_model_is_read_in_whole_chunks(checkpoint: Checkpoint) -> None:
+    plan = plan_load(checkpoint.index, {"": 0}, names=None, chunk_nbytes=CHUNK_NBYTES, granule=4096)
+    assert plan.nbytes == checkpoint.nbytes
+    assert [(chunk.partition, chunk.file_offset) for chunk in plan.chunks] == sorted((chunk.partition, chunk.file_offset) for chunk in plan.chunks)
+
+
+@given(st.lists(st.integers(0, 2), max_size=20), st.lists(st.integers(0, 2), min_size=3, max_size=3))
+def test_next_chunk_takes_the_first_that_has_somewhere_to_go(devices: list[int], free: list[int]) -> None:
+    pending = [Chunk(number, 0, 0, 1, device, 0, 0) for number, device in enumerate(devices)]
+    found = next_chunk(pending, free)
+    possible = [position for position, device in enumerate(devices) if free[device]]
+    assert found == (possible[0] if possible else None)
+
+
+# On the CPU
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_cold_load_reads_every_byte_once_around_the_cache(checkpoint: Checkpoint, saved: dict[str, torch.Tensor], direct: bool, verify: bool) -> None:
+    evict(checkpoint)
+    with start_load(checkpoint, verify=verify, options=LoadOptions(chunk_nbytes=CHUNK_NBYTES, direct=direct)) as handle:
+        assert_equal(handle.wait(), saved)
+    report = handle.report
+    assert report.nbytes == checkpoint.nbytes and handle.progress.fraction == 1.0
+    if direct and report.fallback is None:
+        assert report.direct_nbytes == checkpoint.nbytes
+        readers = [PartitionReader(checkpoint, number, direct=False) for number in range(len(checkpoint.index.partitions))]
+        assert sum(cached_nbytes(reader.fd, 0, 1 << 30) or 0 for reader in readers) == 0, "the page cache stays as it was"
+        for reader in readers:
+            reader.close()
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_what_the_page_cache_holds_is_taken_from_it(checkpoint: Checkpoint, saved: dict[str, torch.Tensor], mapped: bool) -> None:
+    for entry in checkpoint.index.partitions:
+        (checkpoint.path / entry.file).read_bytes()
+    handle = start_load(checkpoint, options=LoadOptions(map_cached=mapped))
+    found = handle.wait()
+    assert_equal(found, saved)
+    assert (handle.report.mapped_nbytes if mapped else handle.report.buffered_nbytes) == checkpoint.nbytes
+    before = (checkpoint.path / "data-00000.bin").read_bytes()
+    for tensor in found.values():
+        tensor.zero_()
+    assert (checkpoint.path / "data-00000.bin").read_bytes() == before, "a write stays with the process that wrote"
+
+
+def test_half_a_file_in_the_cache_is_mapped_and_half_is_read(checkpoint: Checkpoint, saved: dict[str, torch.Tensor]) -> None:
+    evict(checkpoint)
+    with open(checkpoint.path / "data-00000.bin", "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no readahead past what is asked for
+        file.read(CHUNK_NBYTES)
+    handle = start_load(checkpoint, options=SMALL)
+    assert_equal(handle.wait(), saved)
+    if handle.report.fallback is None:
+        assert CHUNK_NBYTES <= handle.report.mapped_nbytes < checkpoint.nbytes
+        assert handle.report.mapped_nbytes + handle.report.direct_nbytes == checkpoint.nbytes
+
+
+def test_a_subset_reads_only_its_blocks(checkpoint: Checkpoint, saved: dict[str, torch.Tensor]) -> None:
+    names = ["model.layers.3.w", "model.norm.weight", "empty"]
+    handle = start_load(checkpoint, names=names, verify=False)
+    assert_equal(handle.wait(), {name: saved[name] for name in names})
+    assert handle.report.nbytes <= saved["model.layers.3.w"].nbytes + 4 * 4096
+    checked = start_load(checkpoint, names=names)
+    assert_equal(checked.wait(), {name: saved[name] for name in names})
+    assert checked.report.nbytes <= saved["model.layers.3.w"].nbytes + 4 * CHUNK_NBYTES
+    with pytest.raises(LoadError, match="no such|holds no tensor"):
+        start_load(checkpoint, names=["nobody"])
+
+
+def test_tensors_outlive_everything(checkpoint: Checkpoint, saved: dict[str, torch.Tensor]) -> None:
+    found = load_tensors(checkpoint, options=SMALL)
+    last = found["model.layers.11.w"]
+    del found
+    gc.collect()
+    assert torch.equal(last, saved["model.layers.11.w"])
+
+
+def test_layers_become_ready_in_execution_order(checkpoint: Checkpoint, saved: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    go, real = threading.Semaphore(0), PartitionReader.read
+
+    def read_when_told(self: PartitionReader, view: memoryview, offset: int, *, cached: bool) -> bool:
+        go.acquire()
+        return real(self, view, offset, cached=cached)
+
+    monkeypatch.setattr(PartitionReader, "read", read_when_told)
+    options = LoadOptions(chunk_nbytes=CHUNK_NBYTES, threads=1, map_cached=False)
+    handle = start_load(checkpoint, options=options)
+    assert handle.layers == ["embedding", *[f"model.layers.{number}" for number in range(12)], "head"]
+    assert not handle.ready("embedding") and handle.ready("empty") and not handle.wait_for("embedding", timeout=0)
+    seen = []
+    for layer in handle.layers:
+        while not handle.ready(layer):
+            done = handle.progress.done_nbytes
+            go.release()
+            handle._changed.acquire()
+            handle._changed.wait_for(lambda before=done: handle._done_nbytes > before, 10)
+            handle._changed.release()
+        seen.append(handle.progress.fraction)
+        if layer != "head":
+            assert torch.equal(handle.tensors[f"{layer}.w" if layer != "embedding" else "model.embed_tokens.weight"], saved[f"{layer}.w" if layer != "embedding" else "model.embed_tokens.weight"])
+    assert seen == sorted(seen) and seen[0] < 0.2, "the first layer is usable long before the last byte"
+    for _ in range(100):
+        go.release()
+    handle.wait()
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_cancel_leaves_nothing(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    started, hold, real = threading.Semaphore(0), threading.Event(), PartitionReader.read
+
+    def read_slowly(self: PartitionReader, view: memoryview, offset: int, *, cached: bool) -> bool:
+        started.release()
+        if after == 0 or offset >= after * CHUNK_NBYTES:
+            hold.wait(10)
+        return real(self, view, offset, cached=cached)
+
+    monkeypatch.setattr(PartitionReader, "read", read_slowly)
+    handle = start_load(checkpoint, options=LoadOptions(chunk_nbytes=CHUNK_NBYTES, map_cached=False))
+    started.acquire()
+    threading.Timer(0.05, hold.set).start()
+    handle.cancel()
+    assert handle.done and not handle.progress.fraction == 1.0
+    for attempt in (handle.wait, lambda: handle.tensors, lambda: handle.ready("empty"), lambda: handle.wait_for("embedding")):
+        with pytest.raises(LoadCancelled):
+            attempt()
+    handle.cancel()
+    for timer in threading.enumerate():
+        if isinstance(timer, threading.Timer):
+            timer.join()
+
+
+def test_leaving_the_block_early_cancels(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ZeroDivisionError), start_load(checkpoint, options=SMALL) as handle:
+        raise ZeroDivisionError
+    assert handle.done
+
+
+def test_stages_of_different_chunks_overlap(checkpoint: Checkpoint) -> None:
+    evict(checkpoint)
+    recorder = SpanRecorder()
+    load_tensors(checkpoint, options=SMALL, recorder=recorder)
+    names = {span.name for span in recorder.spans}
+    assert {"read", "hash"} <= names
+    spans = sorted(recorder.spans, key=lambda span: span.start)
+    overlapping = sum(two.start < one.end and two.lane != one.lane for one, two in zip(spans, spans[1:], strict=False))
+    assert overlapping > len(spans) // 10
+    assert sum(span.nbytes for span in spans if span.name == "hash") == checkpoint.nbytes
+
+
+# On GPUs (a recording one: host memory, copies done only when waited for)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_gpu_gets_every_byte_through_a_bounded_ring(checkpoint: Checkpoint, saved: dict[str, torch.Tensor], threads: int) -> None:
+    runtime = RecordingRuntime(queries_before_done=2)
+    found = load_tensors(checkpoint, runtime.device(), options=LoadOptions(chunk_nbytes=CHUNK_NBYTES, threads=threads, ring_chunks=3))
+    assert_equal(found, saved)
+    assert found["lm_head.weight"].data_ptr() == found["model.embed_tokens.weight"].data_ptr()
+    assert runtime.peak_pinned_nbytes <= 3 * CHUNK_NBYTES, "host memory grows by the ring alone"
+    assert runtime.peak_nbytes[0] == checkpoint.nbytes and runtime.pageable_copies == 0
+    assert runtime.live_pinned_nbytes() == 0
+    assert runtime.names().count("memcpyAsync") == -(-checkpoint.index.partitions[0].nbytes // CHUNK_NBYTES) + sum(
+        -(-entry.nbytes // CHUNK_NBYTES) for entry in checkpoint.index.partitions[1:]
+    )
+    del found
+    gc.collect()
+    assert runtime.leaks() == {}
+
+
+def test_reads_go_on_while_copies_are_in_flight(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = RecordingRuntime()
+    seen: list[int] = []
+    enough, real_copy, real_wait = threading.Event(), runtime.memcpyAsync, CudaEvent.wait
+
+    def copy(*args: int) -> None:
+        real_copy(*args)
+        seen.append(1)
+        if len(seen) == 4:
+            enough.set()
+
+    def wait(self: CudaEvent) -> None:
+        assert enough.wait(20), "nothing more was enqueued while the first copy was in flight"
+        real_wait(self)
+
+    monkeypatch.setattr(runtime, "memcpyAsync", copy)
+    monkeypatch.setattr(CudaEvent, "wait", wait)
+    load_tensors(checkpoint, runtime.device(), options=LoadOptions(chunk_nbytes=CHUNK_NBYTES, threads=1, ring_chunks=4))
+    assert "deviceSynchronize" not in runtime.names()
+
+
+def test_a_device_map_sends_each_tensor_to_its_gpu(checkpoint: Checkpoint, saved: dict[str, torch.Tensor]) -> None:
+    runtime = RecordingRuntime(devices=2)
+    first, second = runtime.device(0), runtime.device(1)
+    found = load_tensors(checkpoint, {"": first, "model.layers": second, "model.layers.0": "cpu", "lm_head": second}, options=SMALL)
+    assert_equal(found, saved)
+    layers = sum(saved[f"model.layers.{number}.w"].nbytes for number in range(1, 12))
+    head = saved["lm_head.weight"].nbytes
+    assert layers + head <= runtime.peak_nbytes[1] <= layers + head + 8 * CHUNK_NBYTES, "the tied storage is on both"
+    assert runtime.peak_nbytes[0] <= head + 6 * CHUNK_NBYTES
+    del found
+    gc.collect()
+    assert runtime.leaks() == {}
+    with pytest.raises(LoadError, match="model.norm"):
+        start_load(checkpoint, {"model.layers": "cpu", "model.embed_tokens": "cpu", "lm_head": "cpu"})
+
+
+FAULTS = [("memcpyAsync", 1), ("memcpyAsync", 5), ("eventRecord", 2), ("hostAlloc", 1), ("hostAlloc", 2), ("malloc", 1), ("streamCreateWithFlags", 1)]
+
+
+@pytest.mark.parametrize(("call", "nth"), FAULTS)
+def test_a_failing_gpu_call_ends_the_load_and_gives_everything_back(checkpoint: Checkpoint, call: str, nth: int) -> None:
+    runtime = RecordingRuntime()
+    runtime.fail(call, nth=nth)
+    with pytest.raises(DeviceError):
+        load_tensors(checkpoint, runtime.device(), options=SMALL)
+    gc.collect()
+    assert runtime.leaks() == {}
+
+
+def test_a_copy_that_fails_later_is_not_called_success(checkpoint: Checkpoint) -> None:
+    runtime = RecordingRuntime()
+    runtime.fail("memcpyAsync", nth=4, later=True)
+    with pytest.raises(DeviceError):
+        load_tensors(checkpoint, runtime.device(), options=SMALL)
+    gc.collect()
+    assert runtime.leaks() == {}
+
+
+def test_a_gpu_that_is_too_small_says_so_before_anything_is_read(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = RecordingRuntime(memory_nbytes=checkpoint.nbytes // 2)
+    monkeypatch.setattr(PartitionReader, "read", lambda *_args, **_options: pytest.fail("a byte was read"))
+    with pytest.raises(OutOfMemoryError):
+        start_load(checkpoint, runtime.device())
+    assert runtime.leaks() == {}
+
+
+def test_a_wrong_byte_never_reaches_a_tensor_unseen(saved: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(saved, tmp_path / "c")
+    file = tmp_path / "c" / "data-00000.bin"
+    at = checkpoint.nbytes - 4096 - 5
+    with open(file, "r+b") as opened:
+        opened.seek(at)
+        byte = opened.read(1)
+        opened.seek(at)
+        opened.write(bytes([byte[0] ^ 16]))
+    for target in ("cpu", RecordingRuntime().device()):
+        with pytest.raises(IntegrityError) as caught:
+            load_tensors(checkpoint, target, options=SMALL)
+        assert caught.value.path == str(file) and caught.value.offset == at // CHUNK_NBYTES * CHUNK_NBYTES
+    load_tensors(checkpoint, verify=False)
+
+
+def test_options_say_what_is_wrong() -> None:
+    for bad in ({"chunk_nbytes": 5}, {"chunk_nbytes": 0}, {"threads": 0}, {"ring_chunks": 0}):
+        with pytest.raises(ValueError, match="must be"):
+            LoadOptions(**bad)
