@@ -9,19 +9,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from sllm_mini.errors import DeviceError
+
 if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 2 << 20
-"""Host buffers start on a huge page (2 MiB), which also satisfies every direct-I/O block size."""
+"""The CPU's buffers start on a huge page (2 MiB), pinned ones on a page (4 KiB): both satisfy direct I/O."""
 
 
 @runtime_checkable
 class Buffer(Protocol):
     """One contiguous allocation. It lives as long as the last reference to it or to a tensor made from it."""
 
-    address: int
-    nbytes: int
+    @property
+    def address(self) -> int:
+        """Where it starts. Raises DeviceError once the buffer is closed: nothing may aim at memory given back."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
 
     def tensor(self) -> torch.Tensor:
         """The whole buffer as a one-dimensional uint8 tensor that shares its memory and keeps it alive."""
@@ -36,7 +43,8 @@ class Buffer(Protocol):
 class HostBuffer(Buffer, Protocol):
     """A buffer the processor can address, and so a target of reads."""
 
-    pinned: bool
+    @property
+    def pinned(self) -> bool: ...
 
     @property
     def view(self) -> memoryview:
@@ -59,7 +67,8 @@ class Event(Protocol):
 class Stream(Protocol):
     """Work that runs in order, beside the processor and beside other streams."""
 
-    handle: int
+    @property
+    def handle(self) -> int: ...
 
     def copy_from_host(self, dst: Buffer, dst_offset: int, src: HostBuffer, src_offset: int, nbytes: int) -> None:
         """Enqueues a copy. `src` must stay unchanged until an event recorded after it is done."""
@@ -67,6 +76,10 @@ class Stream(Protocol):
 
     def copy_to_host(self, dst: HostBuffer, dst_offset: int, src: Buffer, src_offset: int, nbytes: int) -> None:
         """Enqueues a copy. `dst` holds the bytes once an event recorded after it is done."""
+        ...
+
+    def copy_on_device(self, dst: Buffer, dst_offset: int, src: Buffer, src_offset: int, nbytes: int) -> None:
+        """Enqueues a copy between two buffers of this kind of device, which may be on two GPUs; no overlap."""
         ...
 
     def record(self) -> Event: ...
@@ -77,7 +90,9 @@ class Stream(Protocol):
 
     def synchronize(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Waits for the stream's work and gives it back; after it, no copy of the stream touches any buffer."""
+        ...
 
 
 class Kernel(Protocol):
@@ -86,11 +101,15 @@ class Kernel(Protocol):
     def __call__(self, stream: Stream, grid: Sequence[int], block: Sequence[int], args: Sequence[object]) -> None: ...
 
 
+@runtime_checkable
 class Device(Protocol):
     """A place where tensors can live. `name` is torch's name for it: "cpu", "cuda:0"."""
 
-    name: str
-    is_host: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_host(self) -> bool: ...
 
     def free_nbytes(self) -> int:
         """Bytes that an allocation may hope for now."""
@@ -107,3 +126,18 @@ class Device(Protocol):
     def stream(self) -> Stream: ...
 
     def synchronize(self) -> None: ...
+
+
+def check_range(what: str, buffer: Buffer, offset: int, nbytes: int) -> None:
+    """Raises DeviceError unless `[offset, offset + nbytes)` lies inside `buffer`; every copy asks this first."""
+    if offset < 0 or nbytes < 0 or offset + nbytes > buffer.nbytes:
+        raise DeviceError(
+            f"bytes {offset:,} to {offset + nbytes:,} are outside the {what} buffer of {buffer.nbytes:,} bytes;"
+            " copy a range that lies inside it"
+        )
+
+
+def require_size(nbytes: int) -> None:
+    """Raises ValueError for a number of bytes that no buffer can have."""
+    if nbytes < 0:
+        raise ValueError(f"a buffer cannot have {nbytes} bytes; ask for 0 or more")

@@ -1,0 +1,100 @@
+"""What the fake GPU has in place of cupy and torch.cuda: sharing by DLPack, host kernels, a current torch stream.
+
+Tensors of the fake GPU are CPU tensors of torch over its memory. A kernel is any Python callable with the launch's
+grid, block and arguments; the package's own kernels come with their host references, so that whatever launches them
+can be tested too. Taught in chapter 02.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sllm_mini.device.cuda_runtime import Launcher
+from sllm_mini.device.kernels import host_leaf_digests, host_sum64
+from sllm_mini.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sllm_mini.device.fake import RecordingRuntime
+
+HostKernel = Callable[[Sequence[int], Sequence[int], Sequence[Any]], object]
+"""Does on the host what a kernel does: grid, block, arguments."""
+
+
+class FakeToolkit:
+    """See the module. Safe from several threads."""
+
+    def __init__(self, runtime: RecordingRuntime, kernels: Mapping[str, HostKernel] | None) -> None:
+        self._runtime = runtime
+        self._kernels = {"sum64": _sum64, "xxh3_leaves": _xxh3_leaves} if kernels is None else kernels
+        self._thread = threading.local()
+
+    @property
+    def runtime(self) -> RecordingRuntime:
+        return self._runtime
+
+    def thread_has_context(self) -> bool:
+        return self._runtime.thread_has_context()
+
+    def share(self, address: int, nbytes: int, index: int, owner: object) -> torch.Tensor:
+        import numpy
+        import torch
+
+        return torch.from_dlpack(numpy.asarray(_Shared(address, nbytes, owner)))
+
+    def function(self, source: Path, name: str, index: int) -> Launcher:
+        if name not in self._kernels or f" {name}(" not in source.read_text(encoding="utf-8").replace("\n", " "):
+            raise DeviceError(f"{source} has no kernel {name!r} that this fake can run; give it one in `kernels`")
+        kernel = self._kernels[name]
+
+        def launch(grid: Sequence[int], block: Sequence[int], args: Sequence[object], handle: int) -> None:
+            self._runtime.launch(kernel, grid, block, args, handle)
+
+        return launch
+
+    @contextmanager
+    def torch_stream(self, handle: int, index: int) -> Iterator[None]:
+        streams = self._torch_streams()
+        before = streams.get(index, 0)
+        streams[index] = handle
+        try:
+            yield
+        finally:
+            streams[index] = before
+
+    def torch_stream_handle(self, index: int) -> int:
+        return self._torch_streams().get(index, 0)
+
+    def _torch_streams(self) -> dict[int, int]:
+        if not hasattr(self._thread, "streams"):
+            self._thread.streams = {}
+        return self._thread.streams
+
+
+class _Shared:
+    """Memory that numpy may look at; numpy keeps this object, and so the owner, as long as it looks."""
+
+    def __init__(self, address: int, nbytes: int, owner: object) -> None:
+        self.owner = owner
+        self.__array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+
+
+def _bytes_at(address: int, nbytes: int) -> memoryview:
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
+
+
+def _sum64(grid: Sequence[int], block: Sequence[int], args: Sequence[Any]) -> None:
+    data, nbytes, total = args
+    ctypes.c_uint64.from_address(total).value += host_sum64(_bytes_at(data, nbytes))
+
+
+def _xxh3_leaves(grid: Sequence[int], block: Sequence[int], args: Sequence[Any]) -> None:
+    data, nbytes, digests = args
+    found = host_leaf_digests(_bytes_at(data, nbytes)).tobytes()
+    _bytes_at(digests, len(found))[:] = found
