@@ -1,0 +1,18 @@
+"""Messages between processes over stream sockets, written once: schemas, framing, descriptor passing, listening.
+
+The store's socket (chapter 05), migration channels (chapter 07) and cluster nodes (chapter 08) all speak this.
+
+    class Ping(Message, frozen=True): ...
+    class Pong(Message, frozen=True): ...
+
+    server: channel = Channel(listen(path).accept(), Ping, name="client");  channel.receive();  channel.send(Pong())
+    client: channel = Channel(connect(path), Pong, name="server");  channel.send(Ping());  channel.receive()
+
+A channel that receives several kinds is a `Channel[Ping | Pong]`, made with `Ping | Pong`.
+"""
+
+from sllm_mini.wire.channel import MAX_FDS, BytesLike, Channel, Received
+from sllm_mini.wire.listener import Listener, Peer, connect, listen, peer
+from sllm_mini.wire.message import ChannelClosed, Message, WireTimeout
+
+__all__ = ["MAX_FDS", "BytesLike", "Channel", "ChannelClosed", "Listener", "Message", "Peer", "Received", "WireTimeout", "connect", "listen", "peer"]

@@ -1,0 +1,190 @@
+"""Where channels begin: a Unix socket that only its user may open, and the way to it. Explained in chapter 05.
+
+A socket's path is a name that outlives its server, so a listener must tell a live server from what a dead one left
+behind, and two that start together must not both replace it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import socket
+import stat
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sllm_mini.errors import WireError
+from sllm_mini.wire.channel import deadline_of, hold, ready
+from sllm_mini.wire.message import ChannelClosed, WireTimeout
+
+_PATH_NBYTES = 107  # sockaddr_un.sun_path without its closing zero
+_LOCK_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who made the other end of a Unix socket, as the kernel noted it when they connected."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer(sock: socket.socket) -> Peer:
+    """The credentials of the other end (SO_PEERCRED). The kernel vouches for them; a pid may have been reused since."""
+    return Peer(*struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))))
+
+
+class Listener:
+    """A listening Unix socket, made by `listen`. `accept` and `close` may be called from several threads."""
+
+    def __init__(self, sock: socket.socket, path: str) -> None:
+        self.path = path
+        self._sock = sock
+        self._accepting = threading.RLock()
+        self._closed = False
+        status = os.stat(path)
+        self._identity = (status.st_dev, status.st_ino)
+        sock.setblocking(False)
+
+    def accept(self, timeout: float | None = None) -> socket.socket:
+        """The next connection by this user; those of other users are closed unread.
+
+        Raises WireTimeout, ChannelClosed once the listener is closed, WireError when the process is out of descriptors.
+        """
+        deadline = deadline_of(timeout)
+        with hold(self._accepting, deadline, self.path):
+            while not self._closed:
+                try:
+                    sock, _ = self._sock.accept()
+                except (BlockingIOError, ConnectionAbortedError):
+                    if not ready(self._sock, select.POLLIN, deadline):
+                        raise WireTimeout(f"{self.path}: nobody connected in time") from None
+                    continue
+                except OSError as error:
+                    raise WireError(f"{self.path}: a connection could not be accepted: {error.strerror}") from error
+                if peer(sock).uid == os.geteuid():
+                    return sock
+                sock.close()
+            raise ChannelClosed(f"{self.path}: the listener is closed")
+
+    def close(self) -> None:
+        """Stops listening, wakes `accept`, and removes the path if it is still this listener's. Safe to call twice."""
+        self._closed = True
+        with contextlib.suppress(OSError):  # it may be closed already
+            self._sock.shutdown(socket.SHUT_RDWR)
+        with self._accepting:
+            if self._sock.fileno() == -1:
+                return
+            self._sock.close()
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(self.path)
+                if (status.st_dev, status.st_ino) == self._identity:
+                    os.unlink(self.path)
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def listen(path: str | os.PathLike[str], *, backlog: int = 128) -> Listener:
+    """Listens on a socket with mode 0600 at `path`, in a folder that exists; a stale socket there is replaced.
+
+    Raises WireError if a live server has the path, if anything but a socket is there, or if it cannot be made.
+    """
+    place = _checked(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with _locked(os.path.dirname(place)):
+            _remove_stale(place)
+            # The socket's own mode becomes the file's: private from birth, and the process's umask stays alone.
+            os.fchmod(sock.fileno(), 0o600)
+            sock.bind(place)
+            sock.listen(backlog)
+            return Listener(sock, place)
+    except OSError as error:
+        sock.close()
+        raise WireError(f"{place}: no socket can be made there: {error.strerror}") from error
+    except WireError:
+        sock.close()
+        raise
+
+
+def connect(path: str | os.PathLike[str], *, timeout: float | None = None) -> socket.socket:
+    """A socket connected to the server at `path`, which must run as this user.
+
+    Raises WireError if nobody listens there or it is somebody else's, WireTimeout if its queue stays full.
+    """
+    place = _checked(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if timeout is not None:
+            # A non-blocking connect would fail at once on a full queue; the kernel's own timer waits for room.
+            seconds = max(timeout, 1e-6)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+        sock.connect(place)
+        owner = peer(sock).uid
+        if owner != os.geteuid():
+            raise WireError(f"{place}: the server runs as user {owner} and this process as {os.geteuid()}; it was sent nothing")
+    except BlockingIOError:
+        sock.close()
+        raise WireTimeout(f"{place}: the server took no connection in time") from None
+    except OSError as error:
+        sock.close()
+        raise WireError(f"{place}: no server answers there ({error.strerror}); start it or check the path") from error
+    except WireError:
+        sock.close()
+        raise
+    return sock
+
+
+def _checked(path: str | os.PathLike[str]) -> str:
+    place = os.path.abspath(path)
+    if len(os.fsencode(place)) > _PATH_NBYTES:
+        raise WireError(f"{place} is longer than the {_PATH_NBYTES} bytes that a socket's path may have; choose a shorter one")
+    return place
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Only one listener at a time looks at the sockets of a folder. The lock leaves no file behind."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise WireError(f"{folder}: another process keeps this folder locked; use a folder of your own") from None
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _remove_stale(place: str) -> None:
+    try:
+        mode = os.lstat(place).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise WireError(f"{place} is there already and is no socket; choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(place)
+        except ConnectionRefusedError:
+            os.unlink(place)
+            return
+        except BlockingIOError as error:  # its queue is full, so somebody listens
+            raise WireError(f"{place}: a busy server listens there already; use another path") from error
+    raise WireError(f"{place}: a server listens there already; stop it or use another path")
