@@ -1,0 +1,73 @@
+"""The checkpoints chapters measure on: the shipped tiny model, and one as large as this machine allows.
+
+Made once, kept in `out/` of the checkout (or the folder named by SLLM_MINI_WORK) and reused by every chapter. The large
+one has a published shape and seeded random weights: start-up time depends on shapes and bytes, not on what the
+weights say. Shown in chapter 00.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from sllm_mini.checkpoint import Checkpoint, convert_checkpoint, open_checkpoint
+from sllm_mini.checkpoint.random_model import make_model
+from sllm_mini.checkpoint.shapes import SHAPES
+from sllm_mini.device import cuda_available, get_device
+from sllm_mini.device.cpu import available_nbytes
+from sllm_mini.errors import ResourceError
+from sllm_mini.resources import resource
+
+WORK = "SLLM_MINI_WORK"
+SIZES = ("llama-3.1-8b", "llama-3.2-1b", "qwen2.5-0.5b", "opt-125m")
+"""From the largest to the smallest; the first that fits is taken."""
+_CPU_LARGEST = "qwen2.5-0.5b"
+"""On a processor a larger one would only make the arithmetic of the first token longer."""
+
+
+def workspace() -> Path:
+    """The folder for what chapters make; created if need be."""
+    named = os.environ.get(WORK)
+    root = Path(named) if named else resource("data/models").parents[1] / "out"
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def tiny_checkpoint(folder: str | os.PathLike[str] | None = None) -> Checkpoint:
+    """The tiny trained model as a checkpoint, converted on first use. Raises what `convert_checkpoint` raises."""
+    source = resource("data/models/tiny")
+    path = (workspace() if folder is None else Path(folder)) / "tiny"
+    made = path / "index.json"
+    if made.exists() and made.stat().st_mtime >= (source / "model.safetensors").stat().st_mtime:
+        return open_checkpoint(path)
+    shutil.rmtree(path, ignore_errors=True)
+    return convert_checkpoint(source, path)
+
+
+def fitting_shape(folder: str | os.PathLike[str] | None = None) -> str:
+    """The name of the largest shape in `SIZES` for which device, host memory and disk have room."""
+    root = workspace() if folder is None else Path(folder)
+    disk = shutil.disk_usage(root).free
+    on_gpu = cuda_available()
+    memory = get_device("cuda").free_nbytes() if on_gpu else available_nbytes()
+    for name in SIZES if on_gpu else SIZES[SIZES.index(_CPU_LARGEST) :]:
+        nbytes = SHAPES[name].nbytes
+        # Twice on disk while it is converted; half as much again in memory for activations and libraries.
+        if 2 * nbytes < 0.8 * disk and 1.5 * nbytes < 0.8 * memory:
+            return name
+    raise ResourceError(f"not even {SIZES[-1]} fits: {disk:,} bytes of disk and {memory:,} of memory are free")
+
+
+def sized_checkpoint(folder: str | os.PathLike[str] | None = None) -> Checkpoint:
+    """A checkpoint of `fitting_shape` with random weights (seed 0), made on first use. Raises ResourceError where
+    nothing fits, and what `make_model` and `convert_checkpoint` raise."""
+    root = workspace() if folder is None else Path(folder)
+    for name in SIZES:
+        if (root / name / "index.json").exists() and (name == SIZES[0]) == cuda_available():
+            return open_checkpoint(root / name)
+    name = fitting_shape(root)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as scratch:
+        made = make_model(name, Path(scratch, name))
+        return convert_checkpoint(made, root / name)
