@@ -1,0 +1,152 @@
+"""Runs one transformers decoder model: token ids in, the logits of the next token out, keys and values kept between.
+
+What a model must be for this to be exact is checked once, when the runner is made, and again on the first cache that
+comes back: a model whose state is more than keys and values is refused, never run wrongly. Costs one forward pass per
+call; the cache takes `2 * layers * kv_heads * head_dim * itemsize` bytes a token, and a copy of itself as each token
+is appended. Taught in chapters 04 and 07.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sllm_mini.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies change past the original context, so that older keys would no longer fit."""
+
+
+class Runner:
+    """A decoder model and the facts about it that a generation needs.
+
+    `vocabulary` counts the ids it takes, `context_limit` the positions (None: no limit), `eos_ids` end a text,
+    `bos_id` begins one. Puts the model into eval mode. Raises ModelError for a model that cannot be run exactly this
+    way: one that does not generate, has an encoder, takes more than text, or whose cache holds recurrent state.
+    One thread at a time; calls on different caches may be interleaved.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._check_head()
+        self.config = model.eval().config
+        self._parameters = frozenset(inspect.signature(model.forward).parameters)
+        self._check_kind()
+        self._check_cache()
+        embedding = model.get_input_embeddings()
+        self.vocabulary = int(embedding.weight.shape[0])
+        self.device: torch.device = embedding.weight.device
+        self.context_limit = _context_limit(self.config)
+        generation = getattr(model, "generation_config", None) or self.config
+        self.eos_ids = _as_ids(generation.eos_token_id)
+        self.bos_id = next(iter(_as_ids(getattr(generation, "bos_token_id", None))), None)
+        self._positions: torch.Tensor | None = None
+        self._cache_proven = False
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    def _refuse(self, why: str) -> ModelError:
+        return ModelError(f"{self.name} cannot be run by this engine: {why}; use a decoder-only text model such as Llama, Qwen2, GPT-2 or OPT")
+
+    def _check_head(self) -> None:
+        can_generate = getattr(self.model, "can_generate", None)
+        if not callable(can_generate) or not can_generate():
+            raise self._refuse("it has no head that predicts the next token")
+
+    def _check_kind(self) -> None:
+        config = self.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise self._refuse("it has an encoder beside its decoder")
+        # An encoder turned decoder (`is_decoder`) counts positions in ways of its own, RoBERTa's from the padding id.
+        both_ways = getattr(config, "is_causal", True) is False or getattr(config, "is_decoder", False)
+        if both_ways or any(getattr(module, "is_causal", True) is False for module in self.model.modules()):
+            raise self._refuse("it is built as an encoder, which reads text in both directions")
+        if config.get_text_config(decoder=True) is not config:
+            raise self._refuse("it takes more than text")
+        if "past_key_values" not in self._parameters:
+            raise self._refuse("the state it carries from token to token is not a cache of keys and values")
+
+    def _check_cache(self) -> None:
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+        try:
+            layers = self.new_cache().layers
+        except (KeyError, ValueError, AttributeError, TypeError) as error:
+            raise self._refuse(f"transformers makes no cache for its configuration ({type(error).__name__}: {error})") from error
+        for layer in layers:
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                raise self._refuse(f"its cache has a {type(layer).__name__}, which holds more than keys and values")
+
+    def new_cache(self) -> Any:
+        """An empty cache of the kind this model needs (full attention or sliding window, layer by layer)."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.config)
+
+    def check_prompt(self, token_ids: Sequence[int], max_new_tokens: int) -> None:
+        """Raises ModelError for an id outside the vocabulary or a text that would outgrow the context, naming both figures."""
+        for index, token_id in enumerate(token_ids):
+            if not 0 <= token_id < self.vocabulary:
+                raise ModelError(
+                    f"token {index} of the prompt is {token_id}, but this model's ids go from 0 to {self.vocabulary - 1:,}; "
+                    "use the tokenizer that belongs to the model"
+                )
+        total, limit = len(token_ids) + max_new_tokens, self.context_limit
+        if limit is not None and total > limit:
+            room = limit - len(token_ids)
+            advice = f"ask for at most {room:,} new tokens" if room > 0 else f"shorten the prompt to fewer than {limit:,} tokens"
+            raise ModelError(
+                f"a prompt of {len(token_ids):,} tokens and {max_new_tokens:,} new ones make {total:,}, "
+                f"but this model's context is {limit:,} tokens; {advice}"
+            )
+
+    def forward(self, token_ids: torch.Tensor, cache: Any, length: int) -> torch.Tensor:
+        """Logits `[vocabulary]` of the token that follows; `cache` grows by `token_ids`.
+
+        `token_ids` is int64 `[1, n]` on `device`: the n tokens that the cache lacks of a sequence of `length` tokens.
+        Prefill, decode and the recomputation after a move are this one call with different n. Positions are given
+        explicitly and nothing is masked, so that a token equal to the padding id counts as any other. Does not wait
+        for a GPU. Raises ModelError if the model did not put the tokens into the cache it was given.
+        """
+        import torch
+
+        n = token_ids.shape[1]
+        kwargs: dict[str, Any] = {"input_ids": token_ids, "past_key_values": cache, "use_cache": True, "return_dict": True}
+        # Entered per call: a generator that held the mode across a yield would leave its consumer in it.
+        with torch.inference_mode():
+            if "position_ids" in self._parameters:
+                if self._positions is None or self._positions.shape[1] < length:
+                    self._positions = torch.arange(max(2 * length, 256), device=self.device).unsqueeze(0)
+                kwargs["position_ids"] = self._positions[:, length - n : length]
+            if "logits_to_keep" in self._parameters:
+                kwargs["logits_to_keep"] = 1
+            logits: torch.Tensor = self.model(**kwargs).logits[0, -1]
+        if not self._cache_proven:
+            if cache.get_seq_length() != length:
+                raise self._refuse("it does not keep its keys and values in the cache it is given")
+            self._cache_proven = True
+        return logits
+
+
+def _as_ids(value: Any) -> frozenset[int]:
+    """Token ids as transformers' configurations write them: one number, several, or None."""
+    if value is None:
+        return frozenset()
+    return frozenset(int(item) for item in value) if isinstance(value, (list, tuple)) else frozenset({int(value)})
+
+
+def _context_limit(config: Any) -> int | None:
+    """Positions a model may use, None where its positions have no end (ALiBi)."""
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Models with two kinds of layers have one set of parameters for each.
+    for parameters in (rope, *(item for item in rope.values() if isinstance(item, dict))):
+        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            limits += [parameters.get("original_max_position_embeddings"), getattr(config, "original_max_position_embeddings", None)]
+    return min((int(limit) for limit in limits if limit), default=None)
