@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm_mini.checkpoint.hashing import CHUNK_NBYTES, LEAF_NBYTES, chunk_digest, chunk_digests
-from sllm_mini.checkpoint.index import BLOCK_NBYTES, CompanionEntry, Index, PartitionEntry, TensorEntry, decode_index, encode_index
+from sllm_mini.checkpoint.index import (
+    BLOCK_NBYTES,
+    CompanionEntry,
+    Index,
+    PartitionEntry,
+    TensorEntry,
+    decode_index,
+    encode_index,
+)
 from sllm_mini.checkpoint.layout import StorageSpec, execution_order, plan_layout
 from sllm_mini.errors import FormatError
 

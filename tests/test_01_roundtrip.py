@@ -15,7 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from sllm_mini.checkpoint import WriteOptions, convert_checkpoint, export_safetensors, open_checkpoint, save_checkpoint, verify_checkpoint
+from sllm_mini.checkpoint import (
+    WriteOptions,
+    convert_checkpoint,
+    export_safetensors,
+    open_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from sllm_mini.checkpoint.composite import _wrappers, allow_composite
 from sllm_mini.checkpoint.dtypes import ITEM_NBYTES, SAFETENSORS_CODES, torch_dtype
 from sllm_mini.errors import FormatError, UnsupportedError
@@ -239,7 +246,7 @@ def test_export_gives_back_the_same_tensors(tensors: list[torch.Tensor], shard: 
         found = {}
         for file in files:
             with safe_open(file, "pt") as opened:
-                found.update({name: opened.get_tensor(name) for name in opened.keys()})
+                found.update({name: opened.get_tensor(name) for name in opened})
         assert found.keys() == saved.keys()
         for name, tensor in saved.items():
             assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)

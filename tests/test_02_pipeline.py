@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -167,7 +168,7 @@ def test_a_subset_reads_only_its_blocks(checkpoint: Checkpoint, saved: dict[str,
     checked = start_load(checkpoint, names=names)
     assert_equal(checked.wait(), {name: saved[name] for name in names})
     assert checked.report.nbytes <= saved["model.layers.3.w"].nbytes + 4 * CHUNK_NBYTES
-    with pytest.raises(LoadError, match="no such|holds no tensor"):
+    with pytest.raises(LoadError, match="holds no tensor"):
         start_load(checkpoint, names=["nobody"])
 
 
@@ -223,7 +224,7 @@ def test_cancel_leaves_nothing(checkpoint: Checkpoint, monkeypatch: pytest.Monke
     started.acquire()
     threading.Timer(0.05, hold.set).start()
     handle.cancel()
-    assert handle.done and not handle.progress.fraction == 1.0
+    assert handle.done and handle.progress.fraction != 1.0
     for attempt in (handle.wait, lambda: handle.tensors, lambda: handle.ready("empty"), lambda: handle.wait_for("embedding")):
         with pytest.raises(LoadCancelled):
             attempt()
@@ -246,7 +247,7 @@ def test_stages_of_different_chunks_overlap(checkpoint: Checkpoint) -> None:
     names = {span.name for span in recorder.spans}
     assert {"read", "hash"} <= names
     spans = sorted(recorder.spans, key=lambda span: span.start)
-    overlapping = sum(two.start < one.end and two.lane != one.lane for one, two in zip(spans, spans[1:], strict=False))
+    overlapping = sum(two.start < one.end and two.lane != one.lane for one, two in itertools.pairwise(spans))
     assert overlapping > len(spans) // 10
     assert sum(span.nbytes for span in spans if span.name == "hash") == checkpoint.nbytes
 
@@ -304,7 +305,7 @@ def test_a_device_map_sends_each_tensor_to_its_gpu(checkpoint: Checkpoint, saved
     del found
     gc.collect()
     assert runtime.leaks() == {}
-    with pytest.raises(LoadError, match="model.norm"):
+    with pytest.raises(LoadError, match=r"model\.norm"):
         start_load(checkpoint, {"model.layers": "cpu", "model.embed_tokens": "cpu", "lm_head": "cpu"})
 
 

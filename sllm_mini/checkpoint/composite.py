@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sllm_mini.checkpoint.index import CompositeEntry, is_json_meta
@@ -91,20 +92,21 @@ def _plain_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def check_composite_kind(entry: CompositeEntry) -> None:
-    """Raises FormatError, before any byte is read, if this program may not build that kind of composite."""
+def check_composite_kind(entry: CompositeEntry, path: Path) -> None:
+    """Raises FormatError, naming the checkpoint at `path`, if this program may not build that kind of composite."""
     if entry.kind not in _wrappers and entry.kind not in _SPARSE and entry.kind not in (_PER_TENSOR, _PER_CHANNEL):
-        raise FormatError(f"composite {entry.name!r} is a {entry.kind!r}, which is not on the allow-list; allow its class with allow_composite")
+        raise FormatError(f"composite {entry.name!r} is a {entry.kind!r}, which is not on the allow-list; allow its class with allow_composite", path=path)
 
 
-def restore_composite(entry: CompositeEntry, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def restore_composite(entry: CompositeEntry, parts: Mapping[str, torch.Tensor], path: Path) -> torch.Tensor:
     """Builds the tensor that `flatten_composite` took apart, from its parts by short name, sharing their memory
-    where torch can. Raises FormatError if the entry does not describe one."""
-    check_composite_kind(entry)
+    where torch can. Raises FormatError, naming the checkpoint at `path`, if the entry does not describe one."""
+    check_composite_kind(entry, path)
     try:
         return _put_together(entry.kind, parts, dict(entry.meta))
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise FormatError(f"composite {entry.name!r} cannot be built from its parts: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch and wrapper classes raise whatever they like at parts that do not fit
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise FormatError(f"composite {entry.name!r} cannot be built from its parts: {reason}", path=path) from error
 
 
 def _put_together(kind: str, parts: Mapping[str, torch.Tensor], meta: dict[str, Any]) -> torch.Tensor:
@@ -124,5 +126,11 @@ def _put_together(kind: str, parts: Mapping[str, torch.Tensor], meta: dict[str, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch announces the end of these dtypes; files that hold them stay
         if kind == _PER_TENSOR:
-            return torch._make_per_tensor_quantized_tensor(parts["values"], meta["scale"], meta["zero_point"])
-        return torch._make_per_channel_quantized_tensor(parts["values"], parts["scales"], parts["zero_points"], meta["axis"])
+            made = torch._make_per_tensor_quantized_tensor(parts["values"], meta["scale"], meta["zero_point"])
+        else:
+            if len(parts["scales"]) != dict(enumerate(parts["values"].shape)).get(meta["axis"]):  # torch asks this only at use
+                raise ValueError("its axis and the number of its scales do not fit its values")
+            made = torch._make_per_channel_quantized_tensor(parts["values"], parts["scales"], parts["zero_points"], meta["axis"])
+    if _plain_name(made) != meta["dtype"]:
+        raise ValueError(f"its values make a {_plain_name(made)}, not a {meta['dtype']}")
+    return made

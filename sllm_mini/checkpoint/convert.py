@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from sllm_mini.checkpoint.directory import Checkpoint, open_checkpoint
 from sllm_mini.checkpoint.index import companion_name_problem
-from sllm_mini.checkpoint.safetensors_file import FileBytes, SafetensorsEntry, read_header
+from sllm_mini.checkpoint.publish import keep_source
+from sllm_mini.checkpoint.safetensors_file import (
+    MAX_HEADER_NBYTES,
+    FileBytes,
+    SafetensorsEntry,
+    open_plain,
+    read_header,
+)
 from sllm_mini.checkpoint.source import Source, SourceTensor
 from sllm_mini.checkpoint.writer import WriteOptions, write_checkpoint
 from sllm_mini.errors import CheckpointError, FormatError
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _COMPANION_LIMIT = 256 << 20
 
@@ -62,22 +71,23 @@ def convert_checkpoint(
     """
     origin = Path(src)
     files = _weight_files(origin)
+    keep_source(origin, path)
     with ExitStack() as stack:
         tensors: list[SourceTensor] = []
         storages: list[FileBytes] = []
+        opened: dict[Path, tuple[int, os.stat_result]] = {}
         for file, wanted in files.items():
-            entries = read_header(file)
-            _check_shard(file, entries, wanted)
-            try:
-                fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise CheckpointError(f"it cannot be opened: {error.strerror}", path=file) from error
+            fd = open_plain(file)
             stack.callback(os.close, fd)
+            opened[file] = fd, os.fstat(fd)
+            entries = read_header(file, fd)
+            _check_shard(file, entries, wanted)
             for entry in entries:
                 tensors.append(SourceTensor(entry.name, entry.dtype, entry.shape, _contiguous(entry.shape), len(storages)))
                 storages.append(FileBytes(fd, file, entry.offset, entry.nbytes))
         _check_unique(tensors, origin)
-        write_checkpoint(Source(tensors, storages, (), _companions(origin)), path, options or WriteOptions(), progress)
+        source = Source(tensors, storages, (), _companions(origin), confirm=lambda: _check_unchanged(opened))
+        write_checkpoint(source, path, options or WriteOptions(), progress)
     return open_checkpoint(path)
 
 
@@ -91,41 +101,54 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _weight_files(origin: Path) -> dict[Path, set[str] | None]:
     """The safetensors files of a source and the tensors each must hold (None: whatever it holds)."""
-    if origin.is_file():
-        return {origin: None}
-    if not origin.is_dir():
-        raise CheckpointError("there is no such directory", path=origin)
-    if (origin / _INDEX).is_file():
+    try:
+        if not stat.S_ISDIR(os.stat(origin).st_mode):
+            return {origin: None}
+        present = os.listdir(origin)
+    except FileNotFoundError as error:
+        raise CheckpointError("there is no such file or directory", path=origin) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"it cannot be opened: {reason}", path=origin) from error
+    if _INDEX in present:
         return _sharded(origin)
-    if (origin / _SINGLE).is_file():
+    if _SINGLE in present:
         return {origin / _SINGLE: None}
-    found = sorted(origin.glob("*.safetensors"))
+    found = sorted(file for file in present if file.endswith(".safetensors"))
     if len(found) == 1:
-        return {found[0]: None}
+        return {origin / found[0]: None}
     if found:
         raise CheckpointError(f"it holds {len(found)} safetensors files but no {_INDEX} that says how they belong together", path=origin)
-    if any(origin.glob("*.bin")) or any(origin.glob("*.pt")) or any(origin.glob("*.pth")):
+    if any(file.endswith(_PICKLE_SUFFIXES) for file in present):
         raise CheckpointError("its weights are pickles, which may run code when read; save the model as safetensors first", path=origin)
     raise CheckpointError("it holds no safetensors file", path=origin)
 
 
 def _sharded(origin: Path) -> dict[Path, set[str] | None]:
     index = origin / _INDEX
+    with open(open_plain(index), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_HEADER_NBYTES:
+            raise FormatError(f"it has {size:,} bytes; at most {MAX_HEADER_NBYTES:,} are read", path=index)
+        try:
+            raw = file.read()
+        except OSError as error:
+            raise CheckpointError(f"it cannot be read: {error.strerror}", path=index) from error
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(raw)["weight_map"]
         pairs = list(weight_map.items())
-    except OSError as error:
-        raise CheckpointError(f"it cannot be read: {error.strerror}", path=index) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError("it is not a JSON object with a weight_map", path=index) from error
+    if not pairs:
+        raise FormatError("its weight_map names no tensor", path=index)
     files: dict[Path, set[str] | None] = {}
-    for name, file in pairs:
-        if not isinstance(file, str) or companion_name_problem(file) is not None:
-            raise FormatError(f"tensor {name[:200]!r} is said to be in {str(file)[:200]!r}, which is not a file of this directory", path=index)
-        names = files.setdefault(origin / file, set())
+    for name, shard in pairs:
+        if not isinstance(shard, str) or companion_name_problem(shard) is not None:
+            raise FormatError(f"tensor {name[:200]!r} is said to be in {str(shard)[:200]!r}, which is not a file of this directory", path=index)
+        names = files.setdefault(origin / shard, set())
         assert names is not None  # for the type checker: this function makes only sets
         names.add(name)
-    missing = [file for file in files if not file.is_file()]
+    missing = [file for file in files if not os.path.exists(file)]
     if missing:
         raise CheckpointError(f"{_INDEX} names it but it is missing", path=missing[0])
     return dict(sorted(files.items()))
@@ -138,6 +161,13 @@ def _check_shard(file: Path, entries: list[SafetensorsEntry], wanted: set[str] |
     if held != wanted:
         lost = sorted(held ^ wanted)[0]
         raise FormatError(f"{_INDEX} and the file disagree about tensor {lost[:200]!r}", path=file)
+
+
+def _check_unchanged(opened: Mapping[Path, tuple[int, os.stat_result]]) -> None:
+    for file, (fd, before) in opened.items():
+        now = os.fstat(fd)
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise CheckpointError("it changed while it was being read; convert it again when nothing writes to it", path=file)
 
 
 def _check_unique(tensors: list[SourceTensor], origin: Path) -> None:

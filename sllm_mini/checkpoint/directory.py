@@ -1,7 +1,8 @@
 """An opened checkpoint: its checked index and safe access to its files. Reads no tensor bytes.
 
-Files are opened relative to the directory and never through a symbolic link, so a checkpoint cannot point outside
-itself. Costs one read of the index and one stat per file. Taught in chapter 01.
+Files are opened relative to the open directory and never through a symbolic link, so a checkpoint cannot point outside
+itself, and a checkpoint that is exchanged meanwhile is never read as a mixture of old and new. Costs one read of the
+index and one stat per file. Taught in chapter 01.
 """
 
 from __future__ import annotations
@@ -9,20 +10,27 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sllm_mini.checkpoint.hashing import bytes_digest
-from sllm_mini.checkpoint.index import INDEX_FILE, MAX_INDEX_NBYTES, CompanionEntry, Index, decode_index
+from sllm_mini.checkpoint.index import INDEX_FILE, MAX_INDEX_NBYTES, Index, decode_index
 from sllm_mini.errors import CheckpointError, FormatError, IntegrityError
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint whose index was checked against its files. Immutable, safe to use from several threads."""
+    """A checkpoint whose index was checked against its files. Immutable, safe to use from several threads.
+
+    It holds no descriptor. Each file is opened when it is asked for, and only if `index.json` is still the one read
+    (`identity`: its device, inode and time of change); else CheckpointError says that it was replaced.
+    """
 
     path: Path
     index: Index
+    identity: tuple[int, int, int] = field(repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -32,20 +40,31 @@ class Checkpoint:
     def open_partition(self, number: int, flags: int = 0) -> int:
         """A read-only descriptor of a data file (the caller closes it), its size checked again."""
         entry = self.index.partitions[number]
-        fd = _open(self.path / entry.file, flags)
-        try:
-            _check_size(fd, self.path / entry.file, entry.file_nbytes)
-        except CheckpointError:
-            os.close(fd)
-            raise
-        return fd
+        with self._folder() as folder:
+            return _open_sized(folder, self.path / entry.file, entry.file_nbytes, flags)
 
     def read_companion(self, file: str) -> bytes:
         """The bytes of one companion file, checked against their digest."""
         entry = next((entry for entry in self.index.companions if entry.file == file), None)
         if entry is None:
             raise CheckpointError(f"the checkpoint carries no {file}", path=self.path)
-        return _read_companion(self.path, entry)
+        path = self.path / entry.file
+        with self._folder() as folder:
+            content = _read(_open_sized(folder, path, entry.nbytes), path, entry.nbytes)
+        if len(content) != entry.nbytes or bytes_digest(content) != entry.digest:
+            raise IntegrityError("its bytes are not those that were written; convert the model again", path=path)
+        return content
+
+    @contextmanager
+    def _folder(self) -> Iterator[int]:
+        with _open_folder(self.path) as folder:
+            try:
+                found = _identity(os.stat(INDEX_FILE, dir_fd=folder, follow_symlinks=False))
+            except OSError:
+                found = None
+            if found != self.identity:
+                raise CheckpointError("the checkpoint was replaced or removed since it was opened; open it again", path=self.path)
+            yield folder
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -55,31 +74,66 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     missing, truncated, too long, or not listed in the index.
     """
     directory = Path(path)
-    index_path = directory / INDEX_FILE
-    if not directory.is_dir():
-        raise CheckpointError("there is no such directory" if not directory.exists() else "it is not a directory", path=directory)
-    if not os.path.lexists(index_path):
-        hint = "; convert it first with `sllm-mini convert`" if any(directory.glob("*.safetensors")) else ""
+    while True:
+        with _open_folder(directory) as folder:
+            try:
+                return _open_whole(directory, folder)
+            except CheckpointError:
+                if not _was_replaced(directory, folder):
+                    raise  # else a writer exchanged it while we looked: look at the new one
+
+
+def _open_whole(directory: Path, folder: int) -> Checkpoint:
+    present = os.listdir(folder)
+    if INDEX_FILE not in present:
+        hint = "; convert it first with `sllm-mini convert`" if any(file.endswith(".safetensors") for file in present) else ""
         raise CheckpointError(f"it holds no {INDEX_FILE}, so it is not a checkpoint{hint}", path=directory)
-    index = decode_index(_read_small(index_path, MAX_INDEX_NBYTES), index_path)
+    index_path = directory / INDEX_FILE
+    fd = _open(folder, index_path)
+    identity = _identity(os.fstat(fd))
+    index = decode_index(_read(fd, index_path, MAX_INDEX_NBYTES), index_path)
     sizes = {entry.file: entry.file_nbytes for entry in index.partitions} | {entry.file: entry.nbytes for entry in index.companions}
     for file, nbytes in sizes.items():
-        fd = _open(directory / file, 0)
-        try:
-            _check_size(fd, directory / file, nbytes)
-        finally:
-            os.close(fd)
-    known = {INDEX_FILE, *sizes}
-    extra = sorted(file for file in os.listdir(directory) if file.startswith("data-") and file not in known)
+        os.close(_open_sized(folder, directory / file, nbytes))
+    extra = sorted(file for file in present if file.startswith("data-") and file not in sizes)
     if extra:
         raise IntegrityError("it is not listed in the index; remove it or convert the model again", path=directory / extra[0])
-    return Checkpoint(directory, index)
+    return Checkpoint(directory, index, identity)
 
 
-def _open(path: Path, flags: int) -> int:
+def _identity(found: os.stat_result) -> tuple[int, int, int]:
+    # The time too, since the inode number of a removed file may be given to a new one.
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _was_replaced(directory: Path, folder: int) -> bool:
+    try:
+        return not os.path.samestat(os.stat(directory), os.fstat(folder))
+    except OSError:
+        return False
+
+
+@contextmanager
+def _open_folder(directory: Path) -> Iterator[int]:
+    try:
+        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise CheckpointError("there is no such directory", path=directory) from error
+    except NotADirectoryError as error:
+        raise CheckpointError("it is not a directory", path=directory) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"it cannot be opened: {reason}", path=directory) from error
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _open(folder: int, path: Path, flags: int = 0) -> int:
     try:
         # O_NONBLOCK: a pipe put in a file's place must not hang us; regular files ignore it.
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | flags)
+        fd = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | flags, dir_fd=folder)
     except FileNotFoundError as error:
         raise IntegrityError("the index names it but it is missing", path=path) from error
     except OSError as error:
@@ -94,26 +148,23 @@ def _open(path: Path, flags: int) -> int:
     return fd
 
 
-def _check_size(fd: int, path: Path, nbytes: int) -> None:
+def _open_sized(folder: int, path: Path, nbytes: int, flags: int = 0) -> int:
+    fd = _open(folder, path, flags)
     size = os.fstat(fd).st_size
     if size != nbytes:
+        os.close(fd)
         what = "truncated" if size < nbytes else "too long"
         raise IntegrityError(f"it is {what}: {size:,} bytes instead of {nbytes:,}", path=path, offset=min(size, nbytes))
+    return fd
 
 
-def _read_small(path: Path, limit: int) -> bytes:
-    fd = _open(path, 0)
+def _read(fd: int, path: Path, limit: int) -> bytes:
+    """All bytes of a small file; closes its descriptor."""
     with os.fdopen(fd, "rb") as file:
-        if os.fstat(fd).st_size > limit:
-            raise FormatError(f"it has {os.fstat(fd).st_size:,} bytes; at most {limit:,} are read", path=path)
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise FormatError(f"it has {size:,} bytes; at most {limit:,} are read", path=path)
         try:
-            return file.read()
+            return file.read(size + 1)
         except OSError as error:
             raise CheckpointError(f"it cannot be read: {error.strerror}", path=path) from error
-
-
-def _read_companion(directory: Path, entry: CompanionEntry) -> bytes:
-    content = _read_small(directory / entry.file, max(entry.nbytes, 1))
-    if len(content) != entry.nbytes or bytes_digest(content) != entry.digest:
-        raise IntegrityError("its bytes are not those that were written; convert the model again", path=directory / entry.file)
-    return content

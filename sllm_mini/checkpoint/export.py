@@ -17,7 +17,7 @@ import numpy as np
 from sllm_mini.checkpoint.directory import Checkpoint, open_checkpoint
 from sllm_mini.checkpoint.dtypes import ITEM_NBYTES, SAFETENSORS_CODES
 from sllm_mini.checkpoint.index import Index, TensorEntry, extent_nbytes
-from sllm_mini.checkpoint.publish import publish
+from sllm_mini.checkpoint.publish import keep_source, publish
 from sllm_mini.checkpoint.safetensors_file import FileBytes, encode_header
 from sllm_mini.checkpoint.source import StorageReader
 from sllm_mini.checkpoint.streams import FilePlan, write_files
@@ -48,6 +48,7 @@ def export_safetensors(
     if max_shard_nbytes <= 0:
         raise ValueError(f"shards of {max_shard_nbytes} bytes cannot hold anything; ask for a positive size")
     checkpoint = open_checkpoint(path)
+    keep_source(checkpoint.path, dst)
     kept, aliases = _split_aliases(checkpoint.index)
     for tensor in kept:
         if tensor.dtype not in _CODES:
@@ -126,7 +127,7 @@ def _contiguous_bytes(tensor: TensorEntry, checkpoint: Checkpoint, fd: int) -> S
         step *= size
     if contiguous or tensor.nbytes == 0:
         return FileBytes(fd, file, tensor.offset, _nbytes(tensor))
-    return _GatheredBytes(file, tensor)
+    return _GatheredBytes(fd, tensor)
 
 
 class _Header:
@@ -141,12 +142,13 @@ class _Header:
 class _GatheredBytes:
     """The elements of a strided tensor in row-major order, computed for any byte range of it."""
 
-    def __init__(self, file: Path, tensor: TensorEntry) -> None:
+    def __init__(self, fd: int, tensor: TensorEntry) -> None:
         self.nbytes = _nbytes(tensor)
         self._item = ITEM_NBYTES[tensor.dtype]
         self._shape, self._stride = tensor.shape, tensor.stride
         extent = extent_nbytes(tensor.shape, tensor.stride, self._item)
-        self._data = np.memmap(file, np.dtype((np.void, self._item)), "r", tensor.offset, (extent // self._item,))
+        with open(fd, "rb", closefd=False) as file:
+            self._data = np.memmap(file, np.dtype((np.void, self._item)), "r", tensor.offset, (extent // self._item,))
 
     def read_into(self, offset: int, view: memoryview) -> None:
         end = offset + len(view)

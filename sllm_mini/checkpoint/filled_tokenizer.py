@@ -15,6 +15,25 @@ from sllm_mini.checkpoint.shapes import Shape
 from sllm_mini.errors import ModelError, ResourceError
 from sllm_mini.resources import resource
 
+# transformers reads every Qwen2 tokenizer with these parts, whatever its files say; saying the same keeps readers agreed.
+_QWEN_2 = {
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {
+                "type": "Split",
+                "pattern": {
+                    "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+                },
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        ],
+    },
+}
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
@@ -51,6 +70,9 @@ def filled_tokenizer(shape: Shape) -> dict[str, str]:
     parts["added_tokens"] = [{"id": number, "content": text, **_FLAGS} for number, text in sorted(shape.special_tokens.items())]
     names = {role: shape.special_tokens.get(shape.config.get(f"{role}_id", -1)) for role in ("bos_token", "eos_token", "pad_token")}
     parts["post_processor"] = _prepend(names["bos_token"], shape.config["bos_token_id"]) if shape.prepends_bos else None
+    if shape.config["model_type"] == "qwen2":
+        parts |= _QWEN_2
+        names["pad_token"] = names["eos_token"]
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{role: text for role, text in names.items() if text is not None},

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Annotated, Any
 
 import msgspec
@@ -28,16 +29,21 @@ TENSOR_ALIGNMENT = 256
 """Tensors that own their storage start on a multiple of this, as a GPU allocator would place them."""
 MAX_INDEX_NBYTES = 256 << 20
 MAX_TENSORS = 250_000
+MAX_NAME = 1024
+MAX_DIMENSIONS = 64
+"""torch's own operators take no more."""
+MAX_ELEMENTS = 2**53 - 1
+"""Of one tensor, expanded ones (stride 0) included: below what torch can count."""
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
 _Small = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)]
 _Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
 _Scalar = bool | int | float | str | None
 _COMPANION_NAME = re.compile(r"(?!index\.json$|data-\d{5,}\.bin$)[A-Za-z0-9_][A-Za-z0-9_.+\- ]{0,254}")
 
 
-class PartitionEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PartitionEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """One data file. `nbytes` is its decoded size, to which tensor offsets refer; `file_nbytes` its size on disk."""
 
     file: _Name
@@ -49,7 +55,7 @@ class PartitionEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """16 hexadecimal characters per chunk of the file, in order."""
 
 
-class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """One tensor: a strided view of bytes `[offset, offset + nbytes)` of a partition; strides count elements."""
 
     name: _Name
@@ -64,7 +70,7 @@ class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layer: _Small
 
 
-class CompositeEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CompositeEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """A tensor made of plain parts under a class tag, such as quantised integers with their scales."""
 
     name: _Name
@@ -73,7 +79,7 @@ class CompositeEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     meta: dict[str, _Scalar | list[_Scalar]]
 
 
-class CompanionEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CompanionEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """One of the model's own small files: configuration, tokenizer, generation settings."""
 
     file: _Name
@@ -81,7 +87,7 @@ class CompanionEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     digest: _Digest
 
 
-class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """The body of `index.json`. Tensors stand in execution order, grouped by `layer` (an index into `layers`)."""
 
     total_nbytes: _Size
@@ -89,7 +95,7 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunk_nbytes: _Size
     leaf_nbytes: _Size
     partitions: list[PartitionEntry]
-    layers: list[_Name]
+    layers: Annotated[list[_Name], msgspec.Meta(max_length=MAX_TENSORS)]
     tensors: Annotated[list[TensorEntry], msgspec.Meta(max_length=MAX_TENSORS)]
     composites: Annotated[list[CompositeEntry], msgspec.Meta(max_length=MAX_TENSORS)]
     companions: Annotated[list[CompanionEntry], msgspec.Meta(max_length=1024)]
@@ -127,7 +133,7 @@ def decode_index(raw: bytes, path: str | os.PathLike[str]) -> Index:
     try:
         envelope = msgspec.json.decode(raw, type=_Envelope)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(f"this is not an index of a checkpoint ({error})", path=path) from error
+        raise FormatError(f"this is not an index of a checkpoint ({_shortened(error)})", path=path) from error
     if envelope.magic != MAGIC:
         raise FormatError(f"the index says it is {envelope.magic[:40]!r}, not {MAGIC!r}", path=path)
     if envelope.version != VERSION:
@@ -138,13 +144,17 @@ def decode_index(raw: bytes, path: str | os.PathLike[str]) -> Index:
     try:
         index = msgspec.json.decode(body, type=Index)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(f"the index is not valid: {error}", path=path) from error
+        raise FormatError(f"the index is not valid: {_shortened(error)}", path=path) from error
     if msgspec.json.encode(index) != body:
         raise FormatError("the index is not in canonical form (a key may stand twice)", path=path)
     problem = _first_problem(index)
     if problem is not None:
         raise FormatError(f"the index is not valid: {problem}", path=path)
     return index
+
+
+def _shortened(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]  # it may quote a key of the file, however long
 
 
 def companion_name_problem(name: str) -> str | None:
@@ -182,6 +192,8 @@ def _partitions_problem(index: Index) -> str | None:
 
 
 def _tensors_problem(index: Index) -> str | None:
+    if len(set(index.layers)) < len(index.layers):
+        return "two layers have the same name"
     names: set[str] = set()
     hulls: dict[int, tuple[int, int, int]] = {}  # storage → (partition, start, end)
     layer = 0
@@ -194,6 +206,8 @@ def _tensors_problem(index: Index) -> str | None:
             return f"tensor {tensor.name!r} has the unknown dtype {tensor.dtype[:40]!r}"
         if len(tensor.shape) != len(tensor.stride):
             return f"tensor {tensor.name!r} has {len(tensor.shape)} sizes but {len(tensor.stride)} strides"
+        if len(tensor.shape) > MAX_DIMENSIONS or prod(tensor.shape) > MAX_ELEMENTS:
+            return f"tensor {tensor.name!r} has more than {MAX_DIMENSIONS} dimensions or {MAX_ELEMENTS:,} elements"
         if tensor.nbytes != extent_nbytes(tensor.shape, tensor.stride, item):
             return f"tensor {tensor.name!r} says {tensor.nbytes:,} bytes, which its shape, stride and dtype do not span"
         if tensor.partition >= len(index.partitions):
@@ -219,6 +233,7 @@ def _tensors_problem(index: Index) -> str | None:
 def _extras_problem(index: Index) -> str | None:
     names = {tensor.name for tensor in index.tensors}
     taken = set(names)
+    used: set[str] = set()
     for composite in index.composites:
         if composite.name in taken:
             return f"two tensors are named {composite.name!r}"
@@ -226,6 +241,10 @@ def _extras_problem(index: Index) -> str | None:
         missing = [part for part in composite.parts.values() if part not in names]
         if missing:
             return f"composite {composite.name!r} needs the tensor {missing[0]!r}, which does not exist"
+        own = set(composite.parts.values())
+        if not own or len(own) < len(composite.parts) or own & used:
+            return f"composite {composite.name!r} has no parts, or one that is used twice"
+        used |= own
     files: set[str] = set()
     for companion in index.companions:
         problem = companion_name_problem(companion.file)

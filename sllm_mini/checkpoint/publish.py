@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -43,9 +44,8 @@ def publish(target: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
-        work = Path(tempfile.mkdtemp(prefix=_hidden_prefix(path), dir=path.parent))
-        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tells a later writer that this one is alive
+        while work is None:
+            work, lock = _begin(path)
         yield work
         work.chmod(0o777 & ~_umask())
         _sync_tree(work)
@@ -61,12 +61,34 @@ def publish(target: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
             shutil.rmtree(work, ignore_errors=True)
 
 
+def keep_source(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Raises CheckpointExistsError if overwriting `target` would delete `source`, from which it is to be made."""
+    origin, path = os.path.realpath(source), os.path.realpath(target)
+    if os.path.commonpath((origin, path)) == path:
+        raise CheckpointExistsError("overwriting it would delete what it is to be made from; choose another path", path=path)
+
+
 def _hidden_prefix(path: Path) -> str:
     return f".{path.name}.writing-"
 
 
+def _begin(path: Path) -> tuple[Path | None, int]:
+    """A hidden directory and a descriptor that holds its lock, which tells later writers that this one is alive; or
+    (None, -1) if such a writer took the directory for an abandoned one before it was locked."""
+    work = Path(tempfile.mkdtemp(prefix=_hidden_prefix(path), dir=path.parent))
+    try:
+        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None, -1
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if os.fstat(lock).st_nlink == 0 or not work.exists():
+        os.close(lock)
+        return None, -1
+    return work, lock
+
+
 def _remove_abandoned(path: Path) -> None:
-    for entry in path.parent.glob(f"{_hidden_prefix(path)}*"):
+    for entry in path.parent.glob(f"{glob.escape(_hidden_prefix(path))}*"):
         try:
             fd = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:

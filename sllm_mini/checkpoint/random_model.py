@@ -58,8 +58,8 @@ def make_model(
     """Writes the published shape `name` (see `SHAPES`; or a shape of your own) with random weights to the directory
     `path`, and returns `path`.
 
-    `dtype` is float16, bfloat16 or float32 (None: the published one), `threads` counts the writers (None: one per
-    processor); `progress` is called on the calling thread. All or nothing, as `publish` says; with `overwrite` an
+    `dtype` is float16, bfloat16 or float32 (None: the published one), `threads` counts the writers (None: two per
+    processor, at most 16); `progress` is called on the calling thread. All or nothing, as `publish` says; with `overwrite` an
     existing directory is exchanged, but only one that holds a model or nothing. Equal arguments give equal bytes on
     every machine for 16-bit types, for float32 with equal numpy versions. Raises ModelError for what it cannot build,
     CheckpointExistsError, WriteError (full disk, no permission), ResourceError without the tiny tokenizer. Safe from

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from typing import Annotated, Any
 import msgspec
 
 from sllm_mini.checkpoint.dtypes import ITEM_NBYTES, SAFETENSORS_CODES
-from sllm_mini.errors import CheckpointError, FormatError
+from sllm_mini.checkpoint.index import MAX_DIMENSIONS, MAX_ELEMENTS, MAX_TENSORS
+from sllm_mini.errors import CheckpointError, FormatError, IntegrityError
 
 MAX_HEADER_NBYTES = 100_000_000
 """The limit of the safetensors library itself."""
@@ -43,30 +45,52 @@ class SafetensorsEntry:
     nbytes: int
 
 
-def read_header(path: str | os.PathLike[str]) -> list[SafetensorsEntry]:
-    """The tensors of a safetensors file in the order of their bytes. Raises CheckpointError if it cannot be read and
-    FormatError, naming the file and the tensor, if the header breaks a rule of the format."""
+def open_plain(path: str | os.PathLike[str]) -> int:
+    """A read-only descriptor of a plain file (the caller closes it). Raises CheckpointError for anything else, at once:
+    a pipe does not make it wait."""
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise FormatError(f"it has {size} bytes and cannot be a safetensors file", path=path)
-            (length,) = struct.unpack("<Q", prefix)
-            if length > MAX_HEADER_NBYTES or 8 + length > size:
-                raise FormatError(f"its header claims {length:,} bytes; the file has {size:,} and headers at most {MAX_HEADER_NBYTES:,}", path=path, offset=0)
-            raw = file.read(length)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise CheckpointError(f"it cannot be opened: {error.strerror}", path=path) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CheckpointError("it is not a plain file", path=path)
+    return fd
+
+
+def read_header(path: str | os.PathLike[str], fd: int | None = None) -> list[SafetensorsEntry]:
+    """The tensors of a safetensors file in the order of their bytes, from `fd` where the caller has it open already.
+
+    Raises CheckpointError if it cannot be read and FormatError, naming the file and the tensor, if the header breaks
+    a rule of the format."""
+    opened = open_plain(path) if fd is None else fd
+    try:
+        size = os.fstat(opened).st_size
+        prefix = os.pread(opened, 8, 0)
+        if len(prefix) < 8:
+            raise FormatError(f"it has {size} bytes and cannot be a safetensors file", path=path)
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER_NBYTES or 8 + length > size:
+            raise FormatError(f"its header claims {length:,} bytes; the file has {size:,} and headers at most {MAX_HEADER_NBYTES:,}", path=path, offset=0)
+        raw = os.pread(opened, length, 8)
     except OSError as error:
         raise CheckpointError(f"it cannot be read: {error.strerror}", path=path) from error
+    finally:
+        if fd is None:
+            os.close(opened)
     if len(raw) < length:
         raise FormatError("its header is truncated", path=path, offset=8 + len(raw))
     try:
         fields = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"its header is not valid JSON ({error})", path=path, offset=8) from error
+        raise FormatError(f"its header is not valid JSON ({' '.join(str(error).split())[:300]})", path=path, offset=8) from error
     if not isinstance(fields, dict):
         raise FormatError("its header is not a JSON object", path=path, offset=8)
-    fields.pop("__metadata__", None)
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError("its __metadata__ is not a JSON object of texts", path=path, offset=8)
+    if len(fields) > MAX_TENSORS:
+        raise FormatError(f"it holds {len(fields):,} tensors; a checkpoint holds at most {MAX_TENSORS:,}", path=path, offset=8)
     entries = [_entry(name, value, 8 + length, path) for name, value in fields.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     position = 8 + length
@@ -91,14 +115,18 @@ def _no_constant(text: str) -> float:
 
 
 def _entry(name: str, value: object, data_start: int, path: str | os.PathLike[str]) -> SafetensorsEntry:
+    if not 1 <= len(name) <= 1024 or any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise FormatError(f"tensor {name[:200]!r} has a name that is empty, longer than 1,024 characters, or not text", path=path, offset=8)
     try:
         entry = msgspec.convert(value, _Entry)
     except msgspec.ValidationError as error:
-        raise FormatError(f"tensor {name[:200]!r} is not described correctly: {error}", path=path, offset=8) from error
+        raise FormatError(f"tensor {name[:200]!r} is not described correctly: {' '.join(str(error).split())[:300]}", path=path, offset=8) from error
     dtype = SAFETENSORS_CODES.get(entry.dtype)
     if dtype is None:
         raise FormatError(f"tensor {name[:200]!r} has dtype {entry.dtype[:40]!r}, which is not supported", path=path, offset=8)
     start, end = entry.data_offsets
+    if len(entry.shape) > MAX_DIMENSIONS or prod(entry.shape) > MAX_ELEMENTS:
+        raise FormatError(f"tensor {name[:200]!r} has more than {MAX_DIMENSIONS} dimensions or {MAX_ELEMENTS:,} elements", path=path, offset=8)
     nbytes = prod(entry.shape) * ITEM_NBYTES[dtype]
     if end - start != nbytes:
         raise FormatError(f"tensor {name[:200]!r} spans {end - start:,} bytes but its shape and dtype need {nbytes:,}", path=path, offset=data_start + start)
@@ -138,5 +166,5 @@ class FileBytes:
             except OSError as error:
                 raise CheckpointError(f"it cannot be read: {error.strerror}", path=self._path, offset=at) from error
             if count == 0:
-                raise CheckpointError("it ended while it was being read", path=self._path, offset=at)
+                raise IntegrityError("it ended while it was being read", path=self._path, offset=at)
             view, at = view[count:], at + count

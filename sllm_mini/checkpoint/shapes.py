@@ -44,6 +44,7 @@ class Shape:
 
 
 _COPIES = "values agree with public copies of the file; the parameter count with published ones and by arithmetic"
+_TO_THE_BYTE = f"{_COPIES}; the sizes of its weight files agree to the byte"
 _PARTLY = "values agree with public copies of the file; the parameter count by arithmetic only"
 
 _OPT = {
@@ -159,7 +160,7 @@ _ALL = (
     Shape(
         "llama-3.2-1b",
         "meta-llama/Llama-3.2-1B",
-        _COPIES + ", as does the size of the published weights file to the byte",
+        _TO_THE_BYTE,
         "bfloat16",
         1_235_814_400,
         {
@@ -178,7 +179,7 @@ _ALL = (
     Shape(
         "llama-3.1-8b",
         "meta-llama/Llama-3.1-8B",
-        _COPIES,
+        _TO_THE_BYTE,
         "bfloat16",
         8_030_261_248,
         {
@@ -197,7 +198,7 @@ _ALL = (
     Shape(
         "qwen2.5-0.5b",
         "Qwen/Qwen2.5-0.5B",
-        _COPIES,
+        _TO_THE_BYTE,
         "bfloat16",
         494_032_768,
         {

@@ -6,7 +6,7 @@ Taught in chapter 01.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -38,9 +38,12 @@ class SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """All that one checkpoint is made of. `companions` are small files: their name and their bytes or their path."""
+    """All that one checkpoint is made of. `companions` are small files: their name and their bytes or their path.
+    `confirm` is called when everything was read, before it is published, and raises CheckpointError if it changed
+    meanwhile."""
 
     tensors: Sequence[SourceTensor]
     storages: Sequence[StorageReader]
     composites: Sequence[CompositeEntry] = ()
     companions: dict[str, bytes | Path] = field(default_factory=dict)
+    confirm: Callable[[], None] | None = None

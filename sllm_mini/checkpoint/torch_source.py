@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sllm_mini.checkpoint.composite import flatten_composite, is_plain
 from sllm_mini.checkpoint.dtypes import ITEM_NBYTES, dtype_name
-from sllm_mini.checkpoint.index import CompositeEntry, extent_nbytes
+from sllm_mini.checkpoint.index import MAX_NAME, CompositeEntry, extent_nbytes
 from sllm_mini.checkpoint.layout import execution_order
 from sllm_mini.checkpoint.source import Source, SourceTensor
 from sllm_mini.errors import UnsupportedError
@@ -52,6 +52,8 @@ def torch_source(source: torch.nn.Module | Mapping[str, Any]) -> Source:
     plain: dict[str, torch.Tensor] = {}
     composites: list[CompositeEntry] = []
     for name, value in state.items():
+        if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or not _is_text(name):
+            raise UnsupportedError(f"entry {str(name)[:200]!r} cannot be named so; names are texts of 1 to {MAX_NAME:,} characters")
         if not isinstance(value, torch.Tensor):
             raise UnsupportedError(f"entry {name!r} is a {type(value).__name__}, not a tensor; save only tensors")
         if value.is_meta:
@@ -61,12 +63,19 @@ def torch_source(source: torch.nn.Module | Mapping[str, Any]) -> Source:
             continue
         entry, parts = flatten_composite(name, value)
         composites.append(entry)
+        taken = [part for part in parts if part in state]
+        if taken:
+            raise UnsupportedError(f"entry {taken[0]!r} has the name of a part of the composite {name!r}; rename one of them")
         plain.update(parts)
         unsaved = [part for part, tensor in parts.items() if not is_plain(tensor)]
         if unsaved:
             raise UnsupportedError(f"part {unsaved[0]!r} is itself a composite; only plain parts can be saved")
     tensors, storages = _share(plain)
     return Source(tensors, storages, composites, {} if module is None else _companions(module))
+
+
+def _is_text(name: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +94,14 @@ def _share(plain: dict[str, torch.Tensor]) -> tuple[list[SourceTensor], list[_Te
         for name in names:
             # A conjugate or negative view is a flag on other bytes; resolved, it is what the reader sees.
             tensor = plain[name].detach().resolve_conj().resolve_neg()
-            item = ITEM_NBYTES[dtype_name(tensor.dtype)]
+            item = ITEM_NBYTES.get(dtype_name(tensor.dtype))
+            if item is None:
+                raise UnsupportedError(f"tensor {name!r} has dtype {tensor.dtype}, which the format does not know")
             start = int(tensor.storage_offset()) * item
-            views.append(_View(name, tensor, start, start + extent_nbytes(tensor.shape, tensor.stride(), item), item))
+            end = start + extent_nbytes(tensor.shape, tensor.stride(), item)
+            if start < end and end > tensor.untyped_storage().nbytes():
+                raise UnsupportedError(f"the memory of tensor {name!r} was freed or shrunk; gather or load its bytes first")
+            views.append(_View(name, tensor, start, end, item))
     readers: list[_TensorBytes] = []
     place: dict[int, tuple[int, int]] = {}  # view → (storage, offset in it)
     for group in _overlapping(views):
@@ -96,7 +110,9 @@ def _share(plain: dict[str, torch.Tensor]) -> tuple[list[SourceTensor], list[_Te
         low -= low % max(views[number].item for number in group)
         high = max(views[number].end for number in group)
         place.update({number: (len(readers), views[number].start - low) for number in group})
-        readers.append(_TensorBytes(views[group[0]].tensor, low, high - low))
+        # Two storages may start at one address and differ in length, as views of one numpy array do.
+        widest = max(group, key=lambda number: views[number].tensor.untyped_storage().nbytes())
+        readers.append(_TensorBytes(views[widest].tensor, low, high - low))
     tensors = [
         SourceTensor(view.name, dtype_name(view.tensor.dtype), tuple(view.tensor.shape), tuple(view.tensor.stride()), *place[number])
         for number, view in enumerate(views)

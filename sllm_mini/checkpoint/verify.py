@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from sllm_mini.checkpoint.directory import Checkpoint, open_checkpoint
 from sllm_mini.checkpoint.hashing import CHUNK_NBYTES, DIGEST_HEX, chunk_digest
+from sllm_mini.checkpoint.safetensors_file import FileBytes
 from sllm_mini.device.cpu import HostMemory, cpu_count
-from sllm_mini.errors import CheckpointError, IntegrityError
+from sllm_mini.errors import IntegrityError
 from sllm_mini.types import Progress, ProgressCallback
 
 
@@ -54,11 +55,8 @@ def verify_checkpoint(
         entry = checkpoint.index.partitions[number]
         at = chunk * CHUNK_NBYTES
         view = local.memory.view[: min(CHUNK_NBYTES, entry.file_nbytes - at)]
-        try:
-            count = os.preadv(fd, [view], at)
-        except OSError as error:
-            raise CheckpointError(f"it cannot be read: {error.strerror}", path=checkpoint.path / entry.file, offset=at) from error
-        if count != len(view) or chunk_digest(view) != entry.digests[chunk * DIGEST_HEX : (chunk + 1) * DIGEST_HEX]:
+        FileBytes(fd, checkpoint.path / entry.file, 0, entry.file_nbytes).read_into(at, view)
+        if chunk_digest(view) != entry.digests[chunk * DIGEST_HEX : (chunk + 1) * DIGEST_HEX]:
             raise IntegrityError(f"the {len(view):,} bytes from here are not those that were written", path=checkpoint.path / entry.file, offset=at)
         with lock:
             done += len(view)

@@ -80,6 +80,8 @@ def write_checkpoint(source: Source, path: str | os.PathLike[str], options: Writ
             composites=list(source.composites),
             companions=[_write_companion(work, name, content) for name, content in sorted(source.companions.items())],
         )
+        if source.confirm is not None:
+            source.confirm()
         raw = encode_index(index)
         decode_index(raw, work / INDEX_FILE)  # what we write is held to the rules that a reader applies
         (work / INDEX_FILE).write_bytes(raw)
@@ -124,10 +126,11 @@ def _write_companion(work: Path, name: str, content: bytes | Path) -> CompanionE
     if problem:
         raise FormatError(problem)
     if isinstance(content, Path):
+        origin = content
         try:
-            content = content.read_bytes()
+            content = origin.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"it cannot be read: {error.strerror}", path=name) from error
+            raise CheckpointError(f"it cannot be read: {error.strerror}", path=origin) from error
     (work / name).write_bytes(content)
     return CompanionEntry(name, len(content), bytes_digest(content))
 

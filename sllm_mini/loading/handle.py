@@ -44,7 +44,7 @@ class LoadHandle:
         self._pipeline: Pipeline | None = None
         for composite in checkpoint.index.composites:
             if all(part in self._entries for part in composite.parts.values()):
-                check_composite_kind(composite)
+                check_composite_kind(composite, checkpoint.path)
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -102,13 +102,14 @@ class LoadHandle:
         with self._changed:
             if not self._changed.wait_for(lambda: self._ended, timeout):
                 raise TimeoutError(f"the load of {self.checkpoint.path} was not done after {timeout} seconds")
+        self._join()  # also after a failure: whoever gets the error finds no thread of the load left
+        with self._changed:
             self._raise_if_failed()
             tensors = dict(self._tensors)
-        self._join()
         for composite in self.checkpoint.index.composites:
             if all(part in tensors for part in composite.parts.values()):
                 parts = {short: tensors.pop(full) for short, full in composite.parts.items()}
-                tensors[composite.name] = restore_composite(composite, parts)
+                tensors[composite.name] = restore_composite(composite, parts, self.checkpoint.path)
         return tensors
 
     def cancel(self) -> None:

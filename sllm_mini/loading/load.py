@@ -85,7 +85,8 @@ def load_tensors(
 
     Parameters and errors are those of `start_load` and `LoadHandle.wait`. Safe from several threads.
     """
-    return start_load(path, device, names=names, verify=verify, options=options, recorder=recorder).wait()
+    with start_load(path, device, names=names, verify=verify, options=options, recorder=recorder) as handle:
+        return handle.wait()
 
 
 def _number_devices(targets: Mapping[str, str | Device], checkpoint: Checkpoint) -> tuple[list[Device], dict[str, int]]:

@@ -20,7 +20,7 @@ from sllm_mini.checkpoint.directory import Checkpoint, open_checkpoint
 from sllm_mini.checkpoint.dtypes import ITEM_NBYTES, torch_dtype
 from sllm_mini.device import get_device
 from sllm_mini.device.base import Device
-from sllm_mini.errors import ModelError
+from sllm_mini.errors import ModelError, SllmError
 from sllm_mini.loading.load import start_load
 from sllm_mini.loading.pipeline import LoadOptions
 from sllm_mini.types import Span, SpanRecorder, Warmth
@@ -79,7 +79,9 @@ def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
         if any(companion.file == "generation_config.json" for companion in checkpoint.index.companions):
             checkpoint.read_companion("generation_config.json")
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError) as error:
+    except SllmError:
+        raise
+    except Exception as error:  # transformers and torch raise whatever they like at a configuration that makes no sense
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{checkpoint.path}: config.json does not describe a causal language model that can be built: {reason}") from error
     return model.eval()

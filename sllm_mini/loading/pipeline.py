@@ -20,7 +20,7 @@ from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.checkpoint.hashing import CHUNK_NBYTES, DIGEST_HEX, chunk_digest
 from sllm_mini.device.base import Buffer, Device, Event, HostBuffer, Stream
 from sllm_mini.device.cpu import HostMemory
-from sllm_mini.errors import IntegrityError, LoadCancelled, SllmError
+from sllm_mini.errors import IntegrityError, LoadCancelled, LoadError, SllmError
 from sllm_mini.loading.plan import Chunk, LoadPlan
 from sllm_mini.loading.reader import PartitionReader
 from sllm_mini.types import SpanRecorder
@@ -123,9 +123,19 @@ class Pipeline:
         self._threads = [threading.Thread(target=self._read_chunks, name=f"sllm-read-{number}") for number in range(readers)]
         self._threads += [threading.Thread(target=self._finish_copies, args=(number,), name=f"sllm-copy-{number}") for number in self._copies]
         finisher = threading.Thread(target=self._finish, args=(list(self._threads),), name="sllm-load")
-        for thread in self._threads:
-            thread.start()
-        finisher.start()
+        started: list[threading.Thread] = []
+        try:
+            for thread in (*self._threads, finisher):
+                thread.start()
+                started.append(thread)
+        except RuntimeError as error:  # the system gives no more threads: end those that it gave
+            self.stop(error)
+            for copies in self._copies.values():
+                copies.put(None)
+            for thread in started:
+                thread.join()
+            self._release()
+            raise LoadError(f"no thread can be started to read it ({error}); fewer `threads` may do", path=self._checkpoint.path) from error
         self._threads.append(finisher)
 
     def stop(self, error: BaseException) -> None:
@@ -217,7 +227,7 @@ class Pipeline:
             try:
                 with self._span("copy", chunk):
                     event.wait()
-            except SllmError as error:
+            except BaseException as error:  # noqa: BLE001 - whatever it is, readers that wait for this slot must not wait for ever
                 self.stop(error)
                 continue
             with self._changed:

@@ -1,0 +1,71 @@
+# Two commands are enough: `make lab` and `make test`. Both make the environment (.venv) first.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+CUDA ?= auto
+LAB_FLAGS ?=
+TEST_FLAGS ?=
+CHAPTER_FLAGS ?=
+
+BIN := .venv/bin
+SETUP := .venv/.setup-done
+CHAPTERS := $(sort $(wildcard chapters/[0-9][0-9]_*.ipynb))
+FIRST := $(firstword $(wildcard chapters/00_*.ipynb))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab test lint chapters browser
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  Variables: PYTHON=python3.12, CUDA=auto|12|13|none, PIP_FLAGS, LAB_FLAGS, TEST_FLAGS, CHAPTER_FLAGS"
+
+setup: $(SETUP) ## make the environment .venv from requirements.lock
+
+$(SETUP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sllm_mini needs Python 3.11 or newer; name one with: make setup PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements.lock
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --no-build-isolation --editable .
+	@$(cuda_extra)
+	@touch $@
+
+# cupy comes in one package per CUDA version and only one may be installed; the lock holds the one for CUDA 13, which
+# needs no driver to be imported. It is exchanged only where a GPU is driven through CUDA 12.
+define cuda_extra
+set -e; want="$(CUDA)"; \
+if [ "$$want" = auto ]; then \
+  want=none; \
+  if nvidia-smi -L >/dev/null 2>&1; then \
+    want=$$($(BIN)/python -c 'import torch; print(torch.version.cuda.split(".")[0] if torch.cuda.is_available() else "none")'); \
+    if [ "$$want" = none ]; then \
+      echo "This machine has an NVIDIA GPU that the installed torch does not see, so GPU parts will be skipped. To use it, remove .venv"; \
+      echo "and run: make setup PIP_FLAGS='--index-url ADDRESS' with the address that pytorch.org gives for this machine's driver."; \
+    fi; \
+  fi; \
+fi; \
+case "$$want" in \
+  none) ;; \
+  12) $(BIN)/python -m pip uninstall --quiet --yes cupy-cuda13x; $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-build-isolation --editable '.[cuda12]' ;; \
+  13) $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-build-isolation --editable '.[cuda13]' ;; \
+  *) echo "CUDA=$$want is not one of auto, 12, 13, none" >&2; exit 1 ;; \
+esac
+endef
+
+# Jupyter refuses to run as root unless told; in a container root is who is there.
+lab: $(SETUP) ## JupyterLab, open on chapter 00
+	@test -n "$(FIRST)" || { echo "chapters/00_*.ipynb is missing; this checkout is not complete" >&2; exit 1; }
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" $(LAB_FLAGS) $(FIRST)
+
+test: $(SETUP) ## every test but those that drive a browser
+	$(BIN)/python -m pytest -m "not browser" $(TEST_FLAGS)
+
+lint: $(SETUP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+chapters: $(SETUP) ## run every chapter and keep its outputs (CHAPTER_FLAGS=--check writes nothing)
+	$(BIN)/python -m sllm_mini.lab.execute $(CHAPTER_FLAGS) $(CHAPTERS)
+
+browser: $(SETUP) ## drive JupyterLab in chromium, as a reader would
+	$(BIN)/python -m pytest -m browser $(TEST_FLAGS) tests/browser

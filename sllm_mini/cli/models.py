@@ -1,0 +1,233 @@
+"""`sllm-mini load` and `generate`: the commands that bring a checkpoint to memory and to its first token."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sllm_mini.cli import terminal
+from sllm_mini.cli.terminal import DeviceOption, JsonOption
+from sllm_mini.lab.units import nbytes_text, rate_text, seconds_text
+from sllm_mini.types import Progress
+
+if TYPE_CHECKING:
+    from sllm_mini.checkpoint import Checkpoint
+    from sllm_mini.loading import LoadHandle
+
+_POLL_SECONDS = 0.1
+
+
+def load(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint directory.")],
+    device: DeviceOption = "cpu",
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not hash the bytes as they arrive.")] = False,
+    repeat: Annotated[
+        int, typer.Option("--repeat", min=1, max=100, metavar="N", help="Load it N times, one after another.")
+    ] = 1,
+    cold: Annotated[
+        bool,
+        typer.Option("--cold", help="Ask the kernel to forget the files before each load, so that the disk is read."),
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Load a checkpoint and time it.
+
+    Says how long it took and where the bytes came from: the disk or the page cache.
+
+    The time runs from the call to the last byte in place, without the start of Python and its imports.
+    """
+    from sllm_mini.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(checkpoint)
+    import torch  # noqa: F401 - its import is not part of a load
+
+    runs = [_load_once(opened, device, verify=not no_verify, cold=cold) for _ in range(repeat)]
+    index = opened.index
+    if json:
+        terminal.emit_json(
+            {
+                "path": str(checkpoint),
+                "device": device,
+                "verified": not no_verify,
+                "nbytes": index.total_nbytes,
+                "tensor_count": len(index.tensors),
+                "runs": runs,
+            }
+        )
+        return
+    console = terminal.stdout_console()
+    checked = "not verified" if no_verify else "verified"
+    console.print(
+        f"Loaded {checkpoint} to {device}: {terminal.count(len(index.tensors), 'tensor')}, {nbytes_text(index.total_nbytes)}, {checked}"
+    )
+    for run in runs:
+        console.print(f"  {seconds_text(run['seconds'])} ({rate_text(run['bytes_per_second'])}), {_origin(run)}")
+        if run["fallback"]:
+            console.print(f"  direct reads were given up: {run['fallback']}", style="yellow")
+
+
+def _load_once(checkpoint: Checkpoint, device: str, *, verify: bool, cold: bool) -> dict[str, Any]:
+    from sllm_mini.loading import start_load
+
+    if cold:
+        _forget(checkpoint)
+    started = time.perf_counter()
+    with start_load(checkpoint, device, verify=verify) as handle:
+        _wait(handle, checkpoint.path.name)
+        seconds = max(time.perf_counter() - started, 1e-9)
+        report = handle.report
+    return {
+        "seconds": seconds,
+        "bytes_per_second": checkpoint.nbytes / seconds,
+        "direct_nbytes": report.direct_nbytes,
+        "buffered_nbytes": report.buffered_nbytes,
+        "mapped_nbytes": report.mapped_nbytes,
+        "fallback": report.fallback,
+    }
+
+
+def _forget(checkpoint: Checkpoint) -> None:
+    """Drops clean pages of the data files from the page cache; pages that somebody maps stay."""
+    for number in range(len(checkpoint.index.partitions)):
+        fd = checkpoint.open_partition(number)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def _wait(handle: LoadHandle, name: str) -> None:
+    if not sys.stderr.isatty():
+        handle.wait()
+        return
+    with terminal.byte_progress(f"Loading {name}") as show:
+        while True:
+            try:
+                handle.wait(_POLL_SECONDS)
+                return
+            except TimeoutError:
+                show(Progress(handle.progress.done_nbytes, handle.progress.total_nbytes))
+
+
+def _origin(run: dict[str, Any]) -> str:
+    """Where the bytes of a load came from, in words."""
+    ways = (
+        ("direct_nbytes", "read from disk"),
+        ("buffered_nbytes", "copied through the page cache"),
+        ("mapped_nbytes", "mapped from the page cache"),
+    )
+    return ", ".join(f"{nbytes_text(run[key])} {words}" for key, words in ways if run[key]) or "nothing to read"
+
+
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint directory.")],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help='What the text begins with; "-" reads it from stdin.')
+    ],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Stop after so many tokens.")
+    ] = 128,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            "--temperature", min=0.0, metavar="T", help="0 takes the likeliest token, 1 draws as the model says."
+        ),
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=0, metavar="K", help="Draw among the K likeliest tokens; 0 among all.")
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option("--top-p", metavar="P", help="Draw among the likeliest tokens that add up to P; 1 among all."),
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**64 - 1, metavar="N", help="The same seed draws the same tokens.")
+    ] = 0,
+    device: DeviceOption = "cpu",
+    ids: Annotated[
+        bool, typer.Option("--ids", help="The prompt and the answer are token ids, separated by spaces.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Start a model and let it write.
+
+    The text goes to stdout; the time to the first token (TTFT) and the speed after it go to stderr.
+    """
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    request = _prompt(sys.stdin.read() if prompt == "-" else prompt, ids)
+    from sllm_mini.checkpoint import open_checkpoint
+    from sllm_mini.inference import Engine, SamplingOptions
+
+    try:
+        sampling = SamplingOptions(**options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    open_checkpoint(checkpoint)  # a wrong path is told before the slow imports
+    _import_what_is_needed()
+    imported = time.perf_counter()
+    imports_seconds = _process_age_seconds()
+    engine = Engine.load(checkpoint, device)
+    load_seconds = time.perf_counter() - imported
+    with engine.generate(request, max_new_tokens=max_new_tokens, sampling=sampling) as generation:
+        texts: list[str] = []
+        for piece in generation:
+            if json:
+                texts.append(piece.text)
+            else:
+                sys.stdout.write(f"{piece.token_id} " if ids else piece.text)
+                sys.stdout.flush()
+        new_ids = generation.token_ids[generation.prompt_length :]
+        timings, finish, prompt_length = generation.timings, generation.finish, generation.prompt_length
+    speed = timings.decode_steps / timings.decode_seconds if timings.decode_seconds else None
+    if json:
+        terminal.emit_json(
+            {
+                "text": "".join(texts),
+                "token_ids": new_ids,
+                "prompt_tokens": prompt_length,
+                "finish": finish,
+                "process_to_imports_seconds": imports_seconds,
+                "load_seconds": load_seconds,
+                "ttft_seconds": timings.first_token_seconds,
+                "process_to_first_token_seconds": imports_seconds + load_seconds + timings.first_token_seconds,
+                "decode_tokens_per_second": speed,
+            }
+        )
+        return
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    start = f"first token {seconds_text(imports_seconds + load_seconds + timings.first_token_seconds)} after the process began"
+    parts = f"imports {seconds_text(imports_seconds)}, load {seconds_text(load_seconds)}, TTFT {seconds_text(timings.first_token_seconds)}"
+    then = f"; then {speed:.3g} tokens/s" if speed else ""
+    terminal.stderr_console().print(f"{terminal.count(len(new_ids), 'token')}; {start} ({parts}){then}", style="dim")
+
+
+def _prompt(text: str, ids: bool) -> str | list[int]:
+    if not ids:
+        return text
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise typer.BadParameter(
+            f'"{text[:60]}" is not a list of token ids; write for example --ids --prompt "1 17 42"'
+        ) from None
+
+
+def _import_what_is_needed() -> None:
+    """The imports that a first load would do, done apart so that they can be told apart."""
+    import torch  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - looking a name up imports what it needs
+
+
+def _process_age_seconds() -> float:
+    """Seconds since the kernel started this process, to a hundredth: field 22 of /proc/self/stat counts clock ticks
+    from boot (proc(5)); the fields before it may hold spaces, but only inside the last parenthesis."""
+    fields = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return max(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 0.0)

@@ -1,0 +1,39 @@
+"""What all tests share: fixed randomness, no network, and the rules for tests that need a GPU or much time."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+
+# Before transformers is imported anywhere: nothing in a test may look for a model on the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# The same examples in every run, so that a failure here is a failure everywhere; a shared machine may be slow.
+hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("seeded")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the long form of checks that have a short form")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="long form; run it with --slow"))
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    # Where a GPU is known to be, such as on the machine that records figures, SLLM_REQUIRE_GPU=1 lets no test skip
+    # because it was not found: they fail.
+    if on_gpu and os.environ.get("SLLM_REQUIRE_GPU") != "1":
+        from sllm_mini.device import why_no_cuda
+
+        reason = why_no_cuda()
+        if reason is not None:
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason=f"needs a CUDA GPU: {reason}"))
