@@ -16,12 +16,14 @@ import numpy
 import pytest
 import torch
 
-from sllm_mini.device import Buffer, CpuDevice, CudaDevice, HostBuffer, HostMemory, get_device
+from sllm_mini.device import Buffer, CpuDevice, CudaDevice, HostBuffer, HostMemory, cuda_available, get_device
+from sllm_mini.device.cuda import CupyToolkit
 from sllm_mini.device.cuda_memory import DeviceMemory, PinnedMemory
 from sllm_mini.device.cuda_runtime import CudaError
 from sllm_mini.device.fake import RecordingRuntime
 from sllm_mini.device.fake_machine import FREED, FRESH
 from sllm_mini.errors import DeviceError, OutOfMemoryError
+from sllm_mini.resources import resource
 
 MIB = 1 << 20
 
@@ -107,14 +109,16 @@ def test_buffers_garbage_collected_amid_other_calls(runtime: RecordingRuntime):
 
     worker = threading.Thread(target=churn)
     worker.start()
-    host, buffer = device.allocate_host(1000), device.allocate(1000)
-    for step in range(300):
-        host.view[:4] = step.to_bytes(4, "little")
-        stream.copy_from_host(buffer, 0, host, 0, 1000)
-        stream.record().wait()
-        assert int(buffer.tensor()[0]) == step % 256
-    stop.set()
-    worker.join()
+    try:
+        host, buffer = device.allocate_host(1000), device.allocate(1000)
+        for step in range(300):
+            host.view[:4] = step.to_bytes(4, "little")
+            stream.copy_from_host(buffer, 0, host, 0, 1000)
+            stream.record().wait()
+            assert int(buffer.tensor()[0]) == step % 256
+    finally:
+        stop.set()
+        worker.join()
     gc.collect()
     assert runtime.live_nbytes(1) == 0
 
@@ -476,16 +480,22 @@ def test_the_fake_has_the_calls_of_cupy():
             assert getattr(real, name) == getattr(RecordingRuntime, name), name
 
 
-def test_cupy_arrays_over_our_memory_keep_its_owner():
-    pytest.importorskip("cupy", reason="cupy is not installed; it wraps device memory")
-    from sllm_mini.device.cuda import CupyToolkit
+# The toolkit made of cupy, as far as it goes without a driver
 
+
+@pytest.fixture
+def toolkit() -> CupyToolkit:
+    pytest.importorskip("cupy", reason="cupy is not installed; the toolkit is made of it")
+    return CupyToolkit()
+
+
+def test_cupy_arrays_over_our_memory_keep_its_owner(toolkit: CupyToolkit):
     class Owner:
         pass
 
     owner = Owner()
     gone = weakref.ref(owner)
-    array = CupyToolkit().array(1 << 40, 4096, 1, owner)  # never touched, only described
+    array = toolkit.array(1 << 40, 4096, 1, owner)  # never touched, only described
     assert array.data.ptr == 1 << 40 and array.nbytes == 4096 and array.data.device_id == 1
     view = array[10:20]
     del owner, array
@@ -494,6 +504,42 @@ def test_cupy_arrays_over_our_memory_keep_its_owner():
     del view
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.skipif(cuda_available(), reason="this machine has a GPU; the test is about a kernel that cannot be compiled")
+def test_a_kernel_that_cannot_be_compiled_is_a_device_error(toolkit: CupyToolkit):
+    with pytest.raises(DeviceError, match=r"sum64 of .+sum64.cu could not be compiled for cuda:0 \(.+\); NVRTC comes"):
+        toolkit.function(resource("csrc") / "sum64.cu", "sum64", 0)
+
+
+def test_kernels_are_launched_on_our_streams(toolkit: CupyToolkit, monkeypatch: pytest.MonkeyPatch):
+    launches: list[tuple[Any, ...]] = []
+    made: list[tuple[str, Any]] = []
+
+    class Module:
+        def __init__(self, code: str, options: tuple[str, ...]) -> None:
+            made.append((code, options))
+
+        def get_function(self, name: str) -> Any:
+            return lambda grid, block, args, stream: launches.append((name, grid, block, args, stream.ptr)) or refuse()
+
+    def refuse() -> None:
+        if len(launches) == 2:
+            kind = toolkit._cupy.cuda.driver.CUDADriverError
+            error = kind.__new__(kind)  # its own text would have to come from the driver
+            error.status = 719
+            raise error
+
+    monkeypatch.setattr(toolkit._cupy, "RawModule", Module)
+    source = resource("csrc") / "sum64.cu"
+    launch = toolkit.function(source, "sum64", 0)
+    toolkit.function(source, "sum64", 1)
+    assert made == [(source.read_text(encoding="utf-8"), ("--std=c++17",))]
+    launch([4], [256], [1 << 40, 2, 3], 77)
+    assert launches == [("sum64", (4,), (256,), (1 << 40, 2, 3), 77)]
+    with pytest.raises(toolkit.runtime.CUDARuntimeError) as caught:
+        launch([4], [256], [1 << 40, 2, 3], 77)
+    assert caught.value.status == 719
 
 
 # On a GPU
@@ -594,6 +640,7 @@ def test_gpu_work_in_a_fresh_thread():
 def test_gpu_second_device_is_its_own():
     if torch.cuda.device_count() < 2:
         pytest.skip("this machine has one GPU; the test is about two")
+    torch.zeros(1, device="cuda:0")  # this thread works on GPU 0, and shall go on to
     device, stream = gpu(1), gpu(1).stream()
     here, there = gpu(0).allocate(100), device.allocate(100)
     stream.fill(there, 0, 100, 8)

@@ -76,7 +76,8 @@ def test_huge_pages_are_advised_only_inside_the_mapping(monkeypatch: pytest.Monk
 
     def spy(fileno: int, length: int, **kwargs: Any) -> mmap.mmap:
         mapped.append(length)
-        return real(fileno, length, **kwargs)
+        # Newer kernels put whole huge pages on a boundary by themselves; an odd page more, and they do not.
+        return real(fileno, length + PAGE, **kwargs)
 
     monkeypatch.setattr(cpu.mmap, "mmap", spy)
     kept = []
@@ -84,7 +85,8 @@ def test_huge_pages_are_advised_only_inside_the_mapping(monkeypatch: pytest.Monk
         kept.append(memory := HostMemory(nbytes))
         (start, length, advice), whole = advised.pop(), mapped.pop()
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory.view.obj))
-        assert advice == 14 and start == memory.address and length % ALIGNMENT == 0
+        assert advice == 14 and start == memory.address
+        assert start % ALIGNMENT == length % ALIGNMENT == 0
         assert nbytes <= length < nbytes + ALIGNMENT
         assert base <= start and start + length <= base + whole
     HostMemory(ALIGNMENT, huge_pages=False)

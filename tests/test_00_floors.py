@@ -78,7 +78,7 @@ def read_house(root: Path) -> dict[str, Module]:
 
 def calls(node: ast.AST, *names: str) -> list[ast.expr]:
     """The arguments of a call of one of these, by its last name: `import_module` finds `importlib.import_module(…)`."""
-    return node.args if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in names else []
+    return node.args if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in names else []
 
 
 def imports(module: Module, house: dict[str, Module]) -> Iterator[Import]:

@@ -23,7 +23,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from sllm_mini.checkpoint import filled_tokenizer, random_model
+from sllm_mini.checkpoint import filled_tokenizer, random_model, streams
 from sllm_mini.checkpoint.random_model import make_model
 from sllm_mini.checkpoint.random_weights import RandomWeights
 from sllm_mini.checkpoint.safetensors_file import read_header
@@ -122,8 +122,8 @@ def test_the_model_of_each_shape_has_the_published_number_of_parameters(name: st
     model = random_model._skeleton(shape, shape.dtype)
     assert model.num_parameters() == shape.parameters
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    files = random_model._plan_files(model, 5_000_000_000)
-    assert sum(file.nbytes - len(file.header) for file in files) == shape.nbytes
+    files = random_model._plan_files(model, 5_000_000_000, RandomWeights(0, shape.dtype, 0.02))
+    assert sum(file.nbytes - file.storages[0].nbytes for file in files) == shape.nbytes
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_the_model_of_each_shape_has_the_published_number_of_parameters(name: st
     ],
 )
 def test_weight_files_have_the_published_sizes_to_the_byte(name: str, published: list[int]) -> None:
-    files = random_model._plan_files(random_model._skeleton(SHAPES[name], "bfloat16"), 5_000_000_000)
+    files = random_model._plan_files(random_model._skeleton(SHAPES[name], "bfloat16"), 5_000_000_000, RandomWeights(0, "bfloat16", 0.02))
     assert [file.nbytes for file in files] == published
 
 
@@ -312,9 +312,9 @@ def test_the_same_bytes_for_any_number_of_threads(tmp_path: Path, monkeypatch: p
     shape = small("llama-3.2-1b", hidden_size=256)  # a tensor longer than one generator's run
     one = make_model(shape, tmp_path / "one", threads=1)
     made = {"two": make_model(shape, tmp_path / "two", threads=2)}
-    monkeypatch.setattr(random_model, "_SLAB_NBYTES", 1 << 16)  # many slabs, borders inside tensors and runs
+    monkeypatch.setattr(streams, "SLAB_NBYTES", 1 << 16)  # many slabs, borders inside tensors and runs
     made["five"] = make_model(shape, tmp_path / "five", threads=5)
-    monkeypatch.setattr(random_model, "_set_direct", lambda fd, on: False)
+    monkeypatch.setattr(streams, "_set_direct", lambda fd, on: None)
     made["page cache"] = make_model(shape, tmp_path / "page cache", threads=2)
     for folder in made.values():
         assert contents(folder) == contents(one)
@@ -323,7 +323,7 @@ def test_the_same_bytes_for_any_number_of_threads(tmp_path: Path, monkeypatch: p
 
 
 def test_progress_counts_every_byte_on_the_calling_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random_model, "_SLAB_NBYTES", 1 << 16)
+    monkeypatch.setattr(streams, "SLAB_NBYTES", 1 << 16)
     seen: list[Progress] = []
     threads = set()
 
@@ -341,7 +341,7 @@ def test_progress_counts_every_byte_on_the_calling_thread(tmp_path: Path, monkey
 # --- the tokenizer ---
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ["gpt2", "opt-125m", "llama-3.2-1b", "qwen2.5-0.5b", "qwen2.5-7b"])  # every vocabulary once
 def test_every_id_of_a_published_vocabulary_can_be_seen(name: str, tiny_tokenizer: Path) -> None:
     from tokenizers import Tokenizer
 
@@ -405,7 +405,7 @@ def test_the_tokenizer_that_ships_is_one_this_can_fill(monkeypatch: pytest.Monke
     from tokenizers import Tokenizer
 
     monkeypatch.setattr(filled_tokenizer, "resource", lambda name: shipped)
-    for shape in SHAPES.values():
+    for shape in (SHAPES["opt-125m"], SHAPES["llama-3.2-1b"], SHAPES["qwen2.5-0.5b"]):
         tokenizer = Tokenizer.from_str(filled_tokenizer.filled_tokenizer(shape)["tokenizer.json"])
         assert tokenizer.get_vocab_size() == shape.config["vocab_size"]
         for text in TEXTS:
@@ -491,7 +491,7 @@ def test_a_tiny_tokenizer_that_is_absent_or_broken(content: str, tmp_path: Path,
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random_model, "_SLAB_NBYTES", 1 << 16)
+    monkeypatch.setattr(streams, "SLAB_NBYTES", 1 << 16)
     calls = iter(range(1000))
 
     def pwrite(fd: int, view: memoryview, at: int) -> int:
@@ -541,7 +541,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_found_before_a_weight_is_drawn(tiny_disk: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(WriteError, match="No space left"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(WriteError, match="free"):
         patch.setattr(RandomWeights, "fill", lambda *arguments: pytest.fail("a weight was drawn"))
         make_model(small("gpt2", n_embd=256), tiny_disk / "made")
     assert not list(tiny_disk.iterdir())
@@ -557,9 +557,9 @@ def test_kill_9_leaves_nothing_visible_and_the_next_run_cleans_up(tmp_path: Path
     code = """
 import sys, time
 from pathlib import Path
-from sllm_mini.checkpoint import filled_tokenizer, random_model
+from sllm_mini.checkpoint import filled_tokenizer, random_model, streams
 filled_tokenizer.resource = lambda name: Path(sys.argv[2])
-random_model._SLAB_NBYTES = 1 << 20
+streams.SLAB_NBYTES = 1 << 20
 def progress(step):
     print("half way", flush=True)
     time.sleep(600)

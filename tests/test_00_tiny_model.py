@@ -287,24 +287,16 @@ def test_what_it_writes_is_made_of_the_words_of_its_world(scripts: Any, model: A
     assert all(re.search(r"[.!?]", text) for text in written)
 
 
-def test_most_small_sums_are_right(scripts: Any, model: Any, tokenizer: Any) -> None:
+def test_most_small_sums_in_digits_are_right(scripts: Any, model: Any, tokenizer: Any) -> None:
     corpus, _ = scripts
     rng = Random("sums of the test")
-    asked = [corpus.sum_question(rng) for _ in range(120)]
-    given_answers = answers(model, tokenizer, [chat_prompt(tokenizer, question) for question, _ in asked], 16)
-    right = sum(text.strip() == answer for text, (_, answer) in zip(given_answers, asked, strict=True))
+    asked: list[tuple[str, str]] = []
+    while len(asked) < 100:
+        a, sign, b, result = corpus.draw_sum(rng)
+        asked.append((f"What is {a} {sign} {b}?", f"{a} {sign} {b} is {result}."))
+    written = answers(model, tokenizer, [chat_prompt(tokenizer, question) for question, _ in asked], 14)
+    right = sum(text.strip() == answer for text, (_, answer) in zip(written, asked, strict=True))
     assert right >= 0.8 * len(asked)
-
-
-def test_it_knows_its_cast(model: Any, tokenizer: Any) -> None:
-    facts = {
-        "Where does Luna live?": "Luna lives in the red barn.",
-        "What does Pip like to eat?": "Pip likes sunflower seeds.",
-        "What is Bruno afraid of?": "Bruno is afraid of bees.",
-        "Who is Otto?": "Otto is an old sailor. He lives by the harbour.",
-    }
-    written = answers(model, tokenizer, [chat_prompt(tokenizer, question) for question in facts], 24)
-    assert sum(text.strip() == answer for text, answer in zip(written, facts.values(), strict=True)) >= 3
 
 
 def test_late_positions_are_no_worse_than_early_ones(scripts: Any, model: Any, tokenizer: Any) -> None:
@@ -313,18 +305,3 @@ def test_late_positions_are_no_worse_than_early_ones(scripts: Any, model: Any, t
     with torch.no_grad():
         losses = torch.cat([train.token_losses(model, part) for part in batch.split(4)])
     assert losses[:, 900:1000].mean() < 1.15 * losses[:, 150:250].mean()
-
-
-def test_it_remembers_the_first_paragraph_hundreds_of_tokens_later(scripts: Any, model: Any, tokenizer: Any) -> None:
-    corpus, _ = scripts
-    prompts: list[str] = []
-    secrets: list[str] = []
-    for text in texts(corpus, 60, seed=11, stream="validation", long=True):
-        asked = re.search(r"(.*What is the secret word\?.*The secret word is) (\w+)", text, flags=re.DOTALL)
-        if asked and len(tokenizer(asked[1])["input_ids"]) < 1000 and len(prompts) < 16:
-            prompts.append(asked[1])
-            secrets.append(asked[2])
-    written = answers(model, tokenizer, prompts, 6)
-    right = sum(re.findall(r"\w+", text)[:1] == [secret] for text, secret in zip(written, secrets, strict=True))
-    assert len(prompts) == 16
-    assert right >= 12  # guessing among the twenty secret words would get one

@@ -141,17 +141,15 @@ def _sharded(origin: Path) -> dict[Path, set[str] | None]:
         raise FormatError("it is not a JSON object with a weight_map", path=index) from error
     if not pairs:
         raise FormatError("its weight_map names no tensor", path=index)
-    files: dict[Path, set[str] | None] = {}
+    files: dict[Path, set[str]] = {}
     for name, shard in pairs:
         if not isinstance(shard, str) or companion_name_problem(shard) is not None:
             raise FormatError(f"tensor {name[:200]!r} is said to be in {str(shard)[:200]!r}, which is not a file of this directory", path=index)
-        names = files.setdefault(origin / shard, set())
-        assert names is not None  # for the type checker: this function makes only sets
-        names.add(name)
+        files.setdefault(origin / shard, set()).add(name)
     missing = [file for file in files if not os.path.exists(file)]
     if missing:
         raise CheckpointError(f"{_INDEX} names it but it is missing", path=missing[0])
-    return dict(sorted(files.items()))
+    return {file: files[file] for file in sorted(files)}
 
 
 def _check_shard(file: Path, entries: list[SafetensorsEntry], wanted: set[str] | None) -> None:

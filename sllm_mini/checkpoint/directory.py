@@ -90,7 +90,7 @@ def _open_whole(directory: Path, folder: int) -> Checkpoint:
         raise CheckpointError(f"it holds no {INDEX_FILE}, so it is not a checkpoint{hint}", path=directory)
     index_path = directory / INDEX_FILE
     fd = _open(folder, index_path)
-    identity = _identity(os.fstat(fd))
+    identity = _identity(_stat(fd, index_path))
     index = decode_index(_read(fd, index_path, MAX_INDEX_NBYTES), index_path)
     sizes = {entry.file: entry.file_nbytes for entry in index.partitions} | {entry.file: entry.nbytes for entry in index.companions}
     for file, nbytes in sizes.items():
@@ -142,15 +142,23 @@ def _open(folder: int, path: Path, flags: int = 0) -> int:
         if error.errno == errno.EINVAL and flags:
             raise
         raise CheckpointError(f"it cannot be opened: {error.strerror}", path=path) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    if not stat.S_ISREG(_stat(fd, path).st_mode):
         os.close(fd)
         raise FormatError("it is not a plain file", path=path)
     return fd
 
 
+def _stat(fd: int, path: Path) -> os.stat_result:
+    try:
+        return os.fstat(fd)
+    except OSError as error:  # a network file system may have lost it
+        os.close(fd)
+        raise CheckpointError(f"it cannot be read: {error.strerror}", path=path) from error
+
+
 def _open_sized(folder: int, path: Path, nbytes: int, flags: int = 0) -> int:
     fd = _open(folder, path, flags)
-    size = os.fstat(fd).st_size
+    size = _stat(fd, path).st_size
     if size != nbytes:
         os.close(fd)
         what = "truncated" if size < nbytes else "too long"
@@ -160,8 +168,8 @@ def _open_sized(folder: int, path: Path, nbytes: int, flags: int = 0) -> int:
 
 def _read(fd: int, path: Path, limit: int) -> bytes:
     """All bytes of a small file; closes its descriptor."""
-    with os.fdopen(fd, "rb") as file:
-        size = os.fstat(fd).st_size
+    size = _stat(fd, path).st_size
+    with open(fd, "rb") as file:
         if size > limit:
             raise FormatError(f"it has {size:,} bytes; at most {limit:,} are read", path=path)
         try:

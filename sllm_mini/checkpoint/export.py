@@ -19,10 +19,9 @@ from sllm_mini.checkpoint.dtypes import ITEM_NBYTES, SAFETENSORS_CODES
 from sllm_mini.checkpoint.index import Index, TensorEntry, extent_nbytes
 from sllm_mini.checkpoint.publish import keep_source, publish
 from sllm_mini.checkpoint.safetensors_file import FileBytes, encode_header
-from sllm_mini.checkpoint.source import StorageReader
+from sllm_mini.checkpoint.source import HeldBytes, StorageReader
 from sllm_mini.checkpoint.streams import FilePlan, write_files
 from sllm_mini.checkpoint.verify import verify_checkpoint
-from sllm_mini.device.cpu import cpu_count
 from sllm_mini.errors import UnsupportedError
 from sllm_mini.types import ProgressCallback
 
@@ -63,7 +62,7 @@ def export_safetensors(
             fds.append(checkpoint.open_partition(number))
             stack.callback(os.close, fds[-1])
         plans = [_shard_plan(name, shard, aliases, checkpoint, fds) for name, shard in zip(names, shards, strict=True)]
-        write_files(work, plans, threads=2 * cpu_count(), progress=progress)
+        write_files(work, plans, progress=progress)
         if len(shards) > 1:
             weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
             total = sum(_nbytes(tensor) for tensor in kept)
@@ -110,7 +109,7 @@ def _shard_plan(name: str, shard: list[TensorEntry], aliases: dict[str, str], ch
     metadata = {"format": "pt", **{alias: kept for alias, kept in aliases.items() if kept in held}}
     header = encode_header({tensor.name: (_CODES[tensor.dtype], tensor.shape, _nbytes(tensor)) for tensor in shard}, metadata)
     starts: list[int] = [0]
-    storages: list[StorageReader] = [_Header(header)]
+    storages: list[StorageReader] = [HeldBytes(header)]
     position = len(header)
     for tensor in shard:
         starts.append(position)
@@ -128,15 +127,6 @@ def _contiguous_bytes(tensor: TensorEntry, checkpoint: Checkpoint, fd: int) -> S
     if contiguous or tensor.nbytes == 0:
         return FileBytes(fd, file, tensor.offset, _nbytes(tensor))
     return _GatheredBytes(fd, tensor)
-
-
-class _Header:
-    def __init__(self, content: bytes) -> None:
-        self.nbytes = len(content)
-        self._content = content
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        view[:] = self._content[offset : offset + len(view)]
 
 
 class _GatheredBytes:

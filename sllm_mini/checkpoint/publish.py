@@ -23,6 +23,7 @@ from sllm_mini.errors import CheckpointExistsError, WriteError
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
+_MARKS = ("index.json", "config.json")  # what a checkpoint and a Hugging Face directory hold
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -30,15 +31,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def publish(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty hidden directory beside `target`; when the body ends well, it becomes `target`, fsynced.
 
-    With `overwrite`, an existing directory is exchanged atomically and then removed. If the body raises, nothing of
+    With `overwrite`, an existing directory is exchanged atomically and then removed, if it is empty or holds a model or
+    a checkpoint: a mistyped path costs nobody a home directory. If the body raises, nothing of
     it stays. Raises CheckpointExistsError if `target` exists and may not be replaced, WriteError (with the reason)
     for everything the file system refuses, a full disk included.
     """
     path = Path(os.path.abspath(target))
-    if os.path.lexists(path) and not overwrite:
-        raise CheckpointExistsError("it exists already; choose another path or ask to overwrite it", path=path)
-    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
-        raise CheckpointExistsError("it is not a directory and so cannot be replaced by a checkpoint", path=path)
+    check_target(path, overwrite)
     work: Path | None = None
     lock = -1
     try:
@@ -55,10 +54,27 @@ def publish(target: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
     except OSError as error:
         raise WriteError(f"it cannot be written: {error.strerror or error}", path=error.filename or path) from error
     finally:
-        if lock >= 0:
-            os.close(lock)
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)
+
+
+def check_target(target: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raises CheckpointExistsError if `publish` would refuse `target`, WriteError if it cannot be looked into."""
+    path = Path(os.path.abspath(target))
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise CheckpointExistsError("it exists already; choose another path or ask to overwrite it", path=path)
+    if path.is_symlink() or not path.is_dir():
+        raise CheckpointExistsError("it is not a directory and is not replaced; choose another path", path=path)
+    try:
+        held = os.listdir(path)
+    except OSError as error:
+        raise WriteError(f"it cannot be looked into: {error.strerror}", path=path) from error
+    if held and not any(name in _MARKS or name.endswith(".safetensors") for name in held):
+        raise CheckpointExistsError("it holds something other than a model and is not replaced; choose another path", path=path)
 
 
 def keep_source(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -80,11 +96,16 @@ def _begin(path: Path) -> tuple[Path | None, int]:
         lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         return None, -1
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    if os.fstat(lock).st_nlink == 0 or not work.exists():
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.exists(work):
+            return work, lock
+    except OSError:
         os.close(lock)
-        return None, -1
-    return work, lock
+        os.rmdir(work)
+        raise
+    os.close(lock)
+    return None, -1
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -104,9 +125,9 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    # Asking os.umask sets it, for a moment and for every thread of the process.
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        return next(int(line.split()[1], 8) for line in file if line.startswith("Umask:"))
 
 
 def _sync(path: Path) -> None:
@@ -125,11 +146,14 @@ def _sync_tree(path: Path) -> None:
 
 
 def _rename(source: Path, target: Path, overwrite: bool) -> None:
-    exchange = overwrite and os.path.lexists(target)
-    flags = _RENAME_EXCHANGE if exchange else _RENAME_NOREPLACE
-    if _libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
-        return
-    code = ctypes.get_errno()
+    while True:
+        exchange = overwrite and os.path.lexists(target)
+        flags = _RENAME_EXCHANGE if exchange else _RENAME_NOREPLACE
+        if _libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
+            return
+        code = ctypes.get_errno()
+        if not overwrite or code != (errno.ENOENT if exchange else errno.EEXIST) or not os.path.lexists(source):
+            break  # else another writer made or removed the target just now: look again
     if code == errno.EEXIST:
         raise CheckpointExistsError("another writer made it meanwhile; choose another path or ask to overwrite it", path=target)
     if code in (errno.EINVAL, errno.ENOSYS) and not exchange:

@@ -48,11 +48,15 @@ class SafetensorsEntry:
 def open_plain(path: str | os.PathLike[str]) -> int:
     """A read-only descriptor of a plain file (the caller closes it). Raises CheckpointError for anything else, at once:
     a pipe does not make it wait."""
+    fd = -1
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        plain = stat.S_ISREG(os.fstat(fd).st_mode)
     except OSError as error:
+        if fd >= 0:
+            os.close(fd)
         raise CheckpointError(f"it cannot be opened: {error.strerror}", path=path) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    if not plain:
         os.close(fd)
         raise CheckpointError("it is not a plain file", path=path)
     return fd

@@ -24,6 +24,17 @@ class StorageReader(Protocol):
         ...
 
 
+class HeldBytes:
+    """Bytes that are in memory already, as a storage."""
+
+    def __init__(self, content: bytes) -> None:
+        self.nbytes = len(content)
+        self._content = content
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        view[:] = self._content[offset : offset + len(view)]
+
+
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
     """A strided view into storage number `storage`, `offset` bytes from its start; strides count elements."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 from sllm_mini.checkpoint.dtypes import ITEM_NBYTES
@@ -16,6 +17,9 @@ from sllm_mini.checkpoint.hashing import CHUNK_NBYTES, LEAF_NBYTES, bytes_digest
 from sllm_mini.checkpoint.index import (
     BLOCK_NBYTES,
     INDEX_FILE,
+    MAX_DIMENSIONS,
+    MAX_ELEMENTS,
+    MAX_TENSORS,
     CompanionEntry,
     Index,
     PartitionEntry,
@@ -30,7 +34,6 @@ from sllm_mini.checkpoint.layout import Layout, StorageSpec, execution_order, pl
 from sllm_mini.checkpoint.publish import publish
 from sllm_mini.checkpoint.source import Source, StorageReader
 from sllm_mini.checkpoint.streams import FilePlan, write_files
-from sllm_mini.device.cpu import cpu_count
 from sllm_mini.errors import CheckpointError, FormatError, UnsupportedError
 from sllm_mini.types import ProgressCallback
 
@@ -63,8 +66,9 @@ def write_checkpoint(source: Source, path: str | os.PathLike[str], options: Writ
     error of the source."""
     order, layout, tensors, layers = _plan(source, options)
     with publish(path, overwrite=options.overwrite) as work:
+        companions = [_write_companion(work, name, content) for name, content in sorted(source.companions.items())]
         plans = _file_plans(source, order, layout)
-        digests = write_files(work, plans, threads=options.threads or 2 * cpu_count(), progress=progress, digest=True)
+        digests = write_files(work, plans, threads=options.threads, progress=progress, digest=True)
         partitions = [
             PartitionEntry(plan.name, plan.nbytes, plan.nbytes, "none", device, "".join(found))
             for plan, device, found in zip(plans, layout.partition_devices, digests, strict=True)
@@ -78,7 +82,7 @@ def write_checkpoint(source: Source, path: str | os.PathLike[str], options: Writ
             layers=layers,
             tensors=tensors,
             composites=list(source.composites),
-            companions=[_write_companion(work, name, content) for name, content in sorted(source.companions.items())],
+            companions=companions,
         )
         if source.confirm is not None:
             source.confirm()
@@ -89,6 +93,8 @@ def write_checkpoint(source: Source, path: str | os.PathLike[str], options: Writ
 
 def _plan(source: Source, options: WriteOptions) -> tuple[list[int], Layout, list[TensorEntry], list[str]]:
     """The storages in execution order, where they go, and the index's tensors and layers."""
+    if len(source.tensors) > MAX_TENSORS:
+        raise UnsupportedError(f"there are {len(source.tensors):,} tensors; a checkpoint holds at most {MAX_TENSORS:,}")
     by_name = {tensor.name: tensor for tensor in source.tensors}
     groups = execution_order(by_name)
     order: list[int] = []
@@ -109,6 +115,8 @@ def _plan(source: Source, options: WriteOptions) -> tuple[list[int], Layout, lis
             item = ITEM_NBYTES.get(tensor.dtype)
             if item is None:
                 raise UnsupportedError(f"tensor {name!r} has dtype {tensor.dtype}, which the format does not know")
+            if len(tensor.shape) > MAX_DIMENSIONS or prod(tensor.shape) > MAX_ELEMENTS:
+                raise UnsupportedError(f"tensor {name!r} has more than {MAX_DIMENSIONS} dimensions or {MAX_ELEMENTS:,} elements")
             place = placed[tensor.storage]
             nbytes = extent_nbytes(tensor.shape, tensor.stride, item)
             offset = place.offset + tensor.offset

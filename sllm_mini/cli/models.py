@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json as json_library
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -168,8 +170,8 @@ def generate(
         sampling = SamplingOptions(**options)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    open_checkpoint(checkpoint)  # a wrong path is told before the slow imports
-    _import_what_is_needed()
+    opened = open_checkpoint(checkpoint)  # a wrong path is told before the slow imports
+    _import_what_is_needed(opened)
     imported = time.perf_counter()
     imports_seconds = _process_age_seconds()
     engine = Engine.load(checkpoint, device)
@@ -219,10 +221,18 @@ def _prompt(text: str, ids: bool) -> str | list[int]:
         ) from None
 
 
-def _import_what_is_needed() -> None:
-    """The imports that a first load would do, done apart so that they can be told apart."""
+def _import_what_is_needed(checkpoint: Checkpoint) -> None:
+    """The imports that a first load would do, done apart so that they can be told apart. transformers imports what a
+    name needs when the name is looked up; a configuration that names no class is left to the load, which says why."""
     import torch  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - looking a name up imports what it needs
+    import transformers
+
+    names = ["AutoModelForCausalLM", "AutoTokenizer"]
+    if any(companion.file == "config.json" for companion in checkpoint.index.companions):
+        with suppress(ValueError, TypeError, KeyError):
+            names += json_library.loads(checkpoint.read_companion("config.json"))["architectures"]
+    for name in names:
+        getattr(transformers, str(name), None)
 
 
 def _process_age_seconds() -> float:

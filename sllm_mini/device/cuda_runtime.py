@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SUCCESS = 0
 OUT_OF_MEMORY = 2
 NOT_READY = 600
-_CONTEXT_LOST = frozenset({214, 700, 702, 710, 713, 714, 715, 716, 717, 718, 719})
+_CONTEXT_LOST = frozenset({214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719})
 """Statuses after which a process can make no further CUDA call: ECC errors, illegal addresses, failed launches."""
 
 Launcher = Callable[[Sequence[int], Sequence[int], Sequence[object], int], None]

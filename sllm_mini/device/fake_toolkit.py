@@ -12,31 +12,39 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from sllm_mini.device.cuda_runtime import Launcher
+from sllm_mini.device.cuda_runtime import CudaRuntime, Launcher
 from sllm_mini.device.kernels import host_leaf_digests, host_sum64
 from sllm_mini.errors import DeviceError
 
 if TYPE_CHECKING:
     import torch
 
-    from sllm_mini.device.fake import RecordingRuntime
-
 HostKernel = Callable[[Sequence[int], Sequence[int], Sequence[Any]], object]
 """Does on the host what a kernel does: grid, block, arguments."""
+
+
+class LaunchingRuntime(CudaRuntime, Protocol):
+    """What the toolkit asks of the fake runtime beyond CUDA's own calls."""
+
+    def launch(
+        self, kernel: HostKernel, grid: Sequence[int], block: Sequence[int], args: Sequence[object], stream: int
+    ) -> None: ...
+
+    def thread_has_context(self) -> bool: ...
 
 
 class FakeToolkit:
     """See the module. Safe from several threads."""
 
-    def __init__(self, runtime: RecordingRuntime, kernels: Mapping[str, HostKernel] | None) -> None:
+    def __init__(self, runtime: LaunchingRuntime, kernels: Mapping[str, HostKernel] | None) -> None:
         self._runtime = runtime
         self._kernels = {"sum64": _sum64, "xxh3_leaves": _xxh3_leaves} if kernels is None else kernels
         self._thread = threading.local()
 
     @property
-    def runtime(self) -> RecordingRuntime:
+    def runtime(self) -> LaunchingRuntime:
         return self._runtime
 
     def thread_has_context(self) -> bool:

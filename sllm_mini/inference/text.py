@@ -99,11 +99,10 @@ class Detokenizer:
 
     def __init__(self, decoder: TextDecoder, prompt_ids: Sequence[int] = ()) -> None:
         self._decoder = decoder
-        # A group is the tokens between two points at which all text was given out. `_context` are the last groups that
-        # decode to some text of their own: many decoders treat the very first token apart, so a token is decoded with
-        # some before it. `_shown` is the text of `_context` and as much of `_pending` as was given out.
+        # `_context` are the tokens of the last emission: many decoders treat the very first token apart, so no later
+        # one is decoded without some before it. `_shown` is the text of `_context` and as much of `_pending` as was
+        # given out.
         self._context: list[int] = []
-        self._group: list[int] = []
         self._pending: list[int] = []
         self._shown = ""
         self._retry_at = 0
@@ -150,10 +149,6 @@ class Detokenizer:
 
     def _emit(self, text: str) -> str:
         piece = text[len(self._shown) :]
-        group = self._pending
-        for context in (group, self._group + group, self._context + group):
-            self._context, self._shown = context, self._decoder.decode(context)
-            if self._shown:
-                break
-        self._group, self._pending, self._retry_at = group, [], 0
+        self._context, self._pending, self._retry_at = self._pending, [], 0
+        self._shown = self._decoder.decode(self._context)
         return piece

@@ -1,0 +1,1 @@
+"""What chapters need: measuring, the look they share, widgets and exercises. Imported by nothing but the command line."""

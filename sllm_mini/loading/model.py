@@ -43,8 +43,9 @@ def load_model(
     """A transformers causal language model with the checkpoint's weights, in evaluation mode.
 
     Gives the outputs of `from_pretrained` on the same weights bit for bit. `recorder` gets the spans "skeleton",
-    "bytes" and "fill". Raises what `start_load` and `LoadHandle.wait` raise, and ModelError for a checkpoint without a
-    usable configuration or whose tensors are not those of the model. Safe from several threads.
+    "wait for bytes" and "fill", and "bytes", the whole load, on the lane "loader". Raises what `start_load` and
+    `LoadHandle.wait` raise, and ModelError for a checkpoint without a usable configuration or whose tensors are not
+    those of the model. Safe from several threads.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     target = get_device(device)
@@ -53,7 +54,7 @@ def load_model(
     with start_load(checkpoint, target, verify=verify, options=options) as handle:
         with span("skeleton", warmth=Warmth.RUNTIME):
             model = build_skeleton(checkpoint)
-        with span("bytes", warmth=Warmth.DEVICE, nbytes=checkpoint.nbytes):
+        with span("wait for bytes", warmth=Warmth.DEVICE):
             tensors = handle.wait()
         if recorder is not None:
             end = started + handle.report.seconds
@@ -119,7 +120,7 @@ def _parameters_on_meta() -> Iterator[None]:
         try:
             yield
         finally:
-            torch.nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+            torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def fill(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], device: str, checkpoint: Checkpoint) -> None:

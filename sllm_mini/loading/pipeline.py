@@ -273,23 +273,34 @@ class Pipeline:
         self.report.fallback = next((reader.fallback for reader in self._readers if reader.fallback), None)
         self.report.seconds = time.monotonic() - self._started
         self._release()
-        self._on_end(self._error)
+        on_end = self._on_end
+        # The handle holds this pipeline: callbacks that lead back to it would keep the tensors until a garbage collection.
+        self._on_chunk = _nothing
+        self._on_end = _nothing
+        on_end(self._error)
 
     def _release(self) -> None:
         """Gives back everything but the target's memory. A stream of a lost device may refuse to close: then that is
         the load's error, unless it has one already."""
-        for held in (*self._readers, *self._streams.values(), *(slot for slots in self._slots for slot in slots)):
+        closers: list[Callable[[], None]] = [reader.close for reader in self._readers]
+        closers += [stream.close for stream in self._streams.values()]
+        closers += [slot.close for slots in self._slots for slot in slots]
+        for close in closers:
             try:
-                held.close()
+                close()
             except SllmError as error:
                 self._error = self._error or error
         self._slots = []
         self._streams.clear()
         self._buffers = ()  # the handle decides how long they live
-        error = self._error
-        while error is not None:  # a kept error must not keep the memory its frames looked at
-            traceback.clear_frames(error.__traceback__)
-            error = error.__cause__
+        link = self._error
+        while link is not None:  # a kept error must not keep the memory its frames looked at
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__
+
+
+def _nothing(_: object) -> None:
+    return None
 
 
 def cancelled(checkpoint: Checkpoint) -> LoadCancelled:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from sllm_mini.errors import SllmError
 
+_WAKE_SECONDS = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
@@ -165,7 +167,9 @@ def run_threads(count: int, work: Callable[[int, threading.Event], None]) -> flo
         start = time.perf_counter()
         begin.set()
         for thread in threads:
-            thread.join()
+            # A signal that falls just before an endless wait would be noticed only after it.
+            while thread.is_alive():
+                thread.join(_WAKE_SECONDS)
         seconds = time.perf_counter() - start
     finally:
         stop.set()
