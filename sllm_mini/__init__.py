@@ -24,7 +24,7 @@ _HOMES = {
     "LoadHandle": "sllm_mini.loading",
     "Engine": "sllm_mini.inference",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the table above is the one list
 
 
 def __getattr__(name: str) -> Any:

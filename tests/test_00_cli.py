@@ -571,6 +571,24 @@ def test_doctor_for_people(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "Fresh memory is ready 4.0 times faster in huge pages than in 4 KiB pages." in lines
 
 
+def test_doctor_names_the_gpu(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from sllm_mini.device.fake import RecordingRuntime
+
+    gpu, asked = RecordingRuntime().device(), []
+
+    def measure(directory: Path, **options: Any) -> probe.Limits:
+        asked.append(options["device"])
+        return limits()
+
+    monkeypatch.setattr(machine, "_gpu", lambda: (gpu, ""))
+    monkeypatch.setattr(probe, "measure_limits", measure)
+    found = run("doctor", tmp_path, "--json").document
+    assert found["machine"]["gpu"]["name"] == "cuda:0" and found["machine"]["gpu"]["total_nbytes"] > 0
+    assert [s["name"] for s in found["skipped"]] == ["cached_read"] and asked == [gpu]
+    model = found["machine"]["gpu"]["model"]
+    assert f"{model}, " in run("doctor", tmp_path).out
+
+
 def test_doctor_for_programs_measures_in_earnest(tmp_path: Path) -> None:
     process = spawn("doctor", tmp_path, "--quick", "--json")
     out, err = process.communicate(timeout=120)
@@ -664,7 +682,7 @@ SPANS = (
     Span("import torch", 0.1, 2.1, warmth=Warmth.RUNTIME),
     Span("bytes", 2.1, 2.5, "loader", 1000, Warmth.DEVICE),
     Span("skeleton", 2.1, 2.4, warmth=Warmth.RUNTIME),
-    Span("bytes", 2.4, 2.5, "main", 1000, Warmth.DEVICE),
+    Span("wait for bytes", 2.4, 2.5, warmth=Warmth.DEVICE),
     Span("hand over", 2.5, 2.50001, warmth=Warmth.READY),
     Span("first token", 2.5, 3.0, warmth=Warmth.READY),
     Span("decode", 3.0, 3.2, warmth=Warmth.READY),
@@ -686,11 +704,13 @@ def test_a_timeline_shows_each_step_whole(width: int) -> None:
         "import torch",
         "bytes",
         "skeleton",
-        "bytes",
+        "wait for bytes",
         "first token",
     ]
     assert not any("…" in line for line in lines) and max(map(len, lines)) <= width
-    assert lines[2].endswith("the weights come from the disk ‖") and lines[4].endswith("waiting for the last of them")
+    assert lines[2].endswith("the weights come from the disk ‖") and lines[4].endswith(
+        "until the last of them is there"
+    )
     assert ("66.7 %" in lines[1]) == (width == 100)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from sllm_mini.device.cpu import CpuDevice, HostMemory
+from sllm_mini.device.fake import RecordingRuntime
 from sllm_mini.errors import OutOfMemoryError
 from sllm_mini.loading import probe, probe_disk, probe_kernel, probe_memory
 from sllm_mini.loading.probe_samples import Deadline, Measurement, Samples, run_threads, sample_in_rounds
@@ -427,6 +428,18 @@ def test_copies_to_a_device_are_measured_from_pinned_and_pageable_memory() -> No
         ("host_to_device_copy", "pinned memory"),
     ]
     assert found.skipped == ()
+
+
+def test_copies_are_waited_for_and_all_memory_of_a_gpu_is_given_back() -> None:
+    runtime = RecordingRuntime()
+    found = probe.measure_device_copy(runtime.device(), nbytes=MIB, rounds=3)
+    assert found.skipped == () and [len(m.samples_seconds) for m in found.measurements] == [2, 3, 3]
+    calls = runtime.names()
+    assert calls.count("memcpyAsync") == 2 + 2 * 3  # each source once to warm up, then three rounds
+    copies = [name for name in calls if name in ("memcpyAsync", "eventSynchronize")]
+    assert copies == ["memcpyAsync", "eventSynchronize"] * 8, "a copy was not waited for, so its time is not its time"
+    for taken, given in (("malloc", "free"), ("hostAlloc", "freeHost"), ("streamCreateWithFlags", "streamDestroy")):
+        assert calls.count(taken) == calls.count(given) > 0
 
 
 def test_a_device_that_has_no_memory_is_a_reason() -> None:

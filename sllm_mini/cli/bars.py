@@ -22,6 +22,7 @@ MEANING: Mapping[str, str] = {
     "open checkpoint": "its index is read and checked",
     "bytes": "the weights come from the disk",
     "skeleton": "the model without its weights",
+    "wait for bytes": "until the last of them is there",
     "fill": "the weights take their places",
     "hand over": "the model is given to its engine",
     "engine": "ready to take a request",
@@ -33,7 +34,6 @@ MEANING: Mapping[str, str] = {
 BESIDE = " ‖"
 """Marks a step that ran beside others."""
 
-_WAIT = "waiting for the last of them"
 _LONGEST_MEANING = max(map(len, MEANING.values())) + len(BESIDE)
 _STYLE = {
     Warmth.COLD: "dim",
@@ -80,8 +80,6 @@ def timeline(spans: Sequence[Span], end: float, width: int) -> Table:
         meaning = MEANING.get(span.name, "")
         if span.lane != "main":
             meaning += BESIDE
-        elif span.name == "bytes" and any(other.name == "bytes" and other.lane != "main" for other in shown):
-            meaning = _WAIT
         share = [share_text(span.seconds / end)] if with_share else []
         made.add_row(span.name, seconds_text(span.seconds), *share, drawn, meaning)
     return made

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from sllm_mini.lab.anatomy import ColdStart
 
 PROMPT = "Once upon a time"
-_NEW_TOKENS = 80
+_NEW_TOKENS, _ENOUGH_TOKENS = 120, 80
+"""It stops at the first end of a sentence after enough, or at the last of these."""
 _WARM_REQUESTS = 5
 _TINY = "data/models/tiny"
 
@@ -164,7 +165,7 @@ def _cold_start(guide: _Guide, checkpoint: Path, device: str) -> ColdStart:
         f"The first token came after {seconds_text(start.first_token_seconds)}, and the lines above account for "
         f"{share_text(start.coverage)} of that. Importing libraries took {share_text(imports / start.first_token_seconds)}. "
         f"Moving the weights (marked ‖: it ran beside the others) took {seconds_text(moved)}, because these are only "
-        f"{nbytes_text(start.nbytes)}; a large model has thousands of times as many."
+        f"{nbytes_text(start.nbytes)}; a large model has a thousand times as many."
     )
     return start
 
@@ -198,6 +199,8 @@ def _write(guide: _Guide, checkpoint: Path, device: str, stream: bool) -> dict[s
         for piece in generation:
             pieces.append(piece.text)
             speak(piece.text)
+            if len(pieces) >= _ENOUGH_TOKENS and piece.text.rstrip().endswith((".", "!", "?")):
+                break
         timings = generation.timings
     speak("\n")
     # The first request paid for what is slow only once; a model that is kept alive answers like those after it.
@@ -235,7 +238,7 @@ def _larger(guide: _Guide, name: str, folder: Path, device: str, small: ColdStar
     guide.show(bars.timeline(start.spans, start.first_token_seconds, guide.width))
     guide.say(
         f"{nbytes_text(checkpoint.nbytes)} took {seconds_text(_load_seconds(start))} to move, against "
-        f"{seconds_text(_load_seconds(small))} for the tiny model; the imports stayed as they were."
+        f"{seconds_text(_load_seconds(small))} for the tiny model; the imports do not grow with the model."
     )
     return {"name": name} | _start_document(start)
 

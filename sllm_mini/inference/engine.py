@@ -195,7 +195,7 @@ class Engine:
         from sllm_mini.loading import load_model
 
         checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-        with recorder.span("tokenizer", warmth=Warmth.RUNTIME) if recorder is not None else nullcontext():
+        with recorder.span("tokenizer", warmth=Warmth.DRAM) if recorder is not None else nullcontext():
             tokenizer = load_tokenizer(checkpoint)
         return cls(load_model(checkpoint, device, verify=verify, recorder=recorder), tokenizer)
 

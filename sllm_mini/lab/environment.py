@@ -197,7 +197,7 @@ def _huge_pages(machine: Machine) -> Finding:
 
 
 def _gpu() -> Finding:
-    elsewhere = "everything runs on the processor, beside a recorded GPU run"
+    elsewhere = "everything runs on the processor"
     reason = why_no_cuda()
     if reason is not None:
         return Finding("GPU", "none", "limited", f"{reason}; {elsewhere}")

@@ -56,6 +56,7 @@ def plot_rungs(starts: Mapping[str, Mapping[str, float]], ax: Axes | None = None
     """One bar per start, cut into its rungs, seconds on the axis. `starts`: label → what `median_rungs` gave."""
     from matplotlib import pyplot
     from matplotlib.patches import Patch
+    from matplotlib.transforms import ScaledTranslation
 
     if ax is None:
         use_style()
@@ -79,7 +80,9 @@ def plot_rungs(starts: Mapping[str, Mapping[str, float]], ax: Axes | None = None
     ax.set_xlim(0, longest * 1.12)
     ax.set_xlabel("seconds since the process was asked for")
     keys = [Patch(facecolor=_color(name), edgecolor="white", hatch="//" if name == FIRST_TOKEN else None, label=_meaning(name)) for name in used]
-    ax.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.4, -0.32 if len(starts) < 3 else -0.22), ncols=2, frameon=False, fontsize=8.5)
+    # In points below the axis label, so that it never touches it whatever the height of the axes.
+    below = ax.transAxes + ScaledTranslation(0, -38 / 72, ax.get_figure(root=True).dpi_scale_trans)
+    ax.legend(handles=keys, loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, ncols=2, frameon=False, fontsize=8.5, borderaxespad=0)
     return ax
 
 
@@ -91,6 +94,8 @@ def _color(name: str) -> str:
 
 def _meaning(name: str) -> str:
     meanings = {rung.name.lower(): f"to {rung.name.lower()}: {meaning}" for rung, meaning in WARMTH_MEANING.items()}
+    # The loader puts weights straight on the device; of the model, this climb is what is left.
+    meanings["dram"] = "to dram: tokenizer and skeleton in host memory"
     return meanings.get(name, {FIRST_TOKEN: "the first token itself"}.get(name, "no span claims it"))
 
 

@@ -52,14 +52,14 @@ def load_model(
     span = recorder.span if recorder is not None else lambda *_args, **_options: nullcontext()
     started = time.monotonic()
     with start_load(checkpoint, target, verify=verify, options=options) as handle:
-        with span("skeleton", warmth=Warmth.RUNTIME):
+        with span("skeleton", warmth=Warmth.DRAM):
             model = build_skeleton(checkpoint)
         with span("wait for bytes", warmth=Warmth.DEVICE):
             tensors = handle.wait()
         if recorder is not None:
             end = started + handle.report.seconds
             recorder.spans.append(Span("bytes", started, end, "loader", checkpoint.nbytes, Warmth.DEVICE))
-    with span("fill", warmth=Warmth.READY):
+    with span("fill", warmth=Warmth.DEVICE):
         fill(model, tensors, target.name, checkpoint)
     return model
 

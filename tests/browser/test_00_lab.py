@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(1500)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHROMIUM_ARGS = [
@@ -35,7 +35,7 @@ CHROMIUM_ARGS = [
     "--disable-quic",
 ]
 START_SECONDS = 120
-RUN_SECONDS = 600
+RUN_SECONDS = 1200
 
 
 @dataclass(frozen=True)
