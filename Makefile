@@ -13,7 +13,7 @@ CHAPTERS := $(sort $(wildcard chapters/[0-9][0-9]_*.ipynb))
 FIRST := $(firstword $(wildcard chapters/00_*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test lint chapters browser
+.PHONY: help setup lab test lint chapters browser picture
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -69,3 +69,6 @@ chapters: $(SETUP) ## run every chapter and keep its outputs (CHAPTER_FLAGS=--ch
 
 browser: $(SETUP) ## drive JupyterLab in chromium, as a reader would
 	$(BIN)/python -m pytest -m browser $(TEST_FLAGS) tests/browser
+
+picture: $(SETUP) ## measure a cold start and draw the README's picture
+	$(BIN)/python -m sllm_mini.lab.picture chapters/images/anatomy.png

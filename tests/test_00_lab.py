@@ -638,7 +638,7 @@ def test_a_report_becomes_an_account_of_the_time_to_the_first_token(tmp_path: Pa
     assert run.coverage == pytest.approx(3.5 / 4)  # what comes after the first token does not count
     assert run.seconds("interpreter") == pytest.approx(3.0)
     assert run.seconds("decode") == 0.0
-    assert run.page_cache_fraction in (None, 1.0)
+    assert run.page_cache_fraction is None or 0.0 <= run.page_cache_fraction <= 1.0
     assert run.spans[1].warmth is Warmth.DEVICE
     path = run.save(tmp_path / "run.json")
     assert load_cold_start(path) == run

@@ -99,7 +99,7 @@ def test_every_sum_in_the_text_is_right(scripts: Any) -> None:
     def value(word: str) -> int:
         return int(word) if word.isdigit() else corpus.NUMBERS.index(word.lower())
 
-    text = "\n".join(texts(corpus, 6000) + texts(corpus, 200, long=True))
+    text = "\n".join(texts(corpus, 4000) + texts(corpus, 200, long=True))
     pattern = rf"({NUMBER}) (\+|-|plus|minus) ({NUMBER}) (?:=|is) ({NUMBER})"
     found = re.findall(pattern, text)
     assert len(found) > 5000
@@ -107,7 +107,7 @@ def test_every_sum_in_the_text_is_right(scripts: Any) -> None:
         assert (value(a) + value(b) if sign in ("+", "plus") else value(a) - value(b)) == value(result)
     assert len({(a, sign, b) for a, sign, b, _ in found if a.isdigit() and sign in "+-"}) > 400  # of 462
     counted = re.findall(rf"{pattern},[\"”] \w+ [^.]+\. (?:Now|So now|Then) [^.]*?(?:had|were) ({NUMBER})", text)
-    assert len(counted) > 300
+    assert len(counted) > 200
     for *_, result, had in counted:
         assert value(result) == value(had)
 
@@ -301,7 +301,7 @@ def test_most_small_sums_in_digits_are_right(scripts: Any, model: Any, tokenizer
 
 def test_late_positions_are_no_worse_than_early_ones(scripts: Any, model: Any, tokenizer: Any) -> None:
     _, train = scripts
-    batch = torch.tensor(list(islice(train.rows(tokenizer, 7, "validation", train.LONG), 12)))
+    batch = torch.tensor(list(islice(train.rows(tokenizer, 7, "validation", train.LONG), 8)))
     with torch.no_grad():
         losses = torch.cat([train.token_losses(model, part) for part in batch.split(4)])
     assert losses[:, 900:1000].mean() < 1.15 * losses[:, 150:250].mean()

@@ -1,5 +1,5 @@
-"""Chapters 01 and 02: the known defects of ServerlessLLM's format and loader, one test each. The numbers are those of the
-list that its own source gave us; 12 to 14 (caches, handles, sockets) belong to the store and are tested with it."""
+"""Chapters 01 and 02: the defects that reading ServerlessLLM's source turned up in its format and loader, each with a
+test that it is not here. Of the fifteen, 12 to 14 (caches, handles, sockets) belong to the store and are tested with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from sllm_mini.checkpoint import WriteOptions, convert_checkpoint, open_checkpoi
 from sllm_mini.checkpoint.dtypes import ITEM_NBYTES
 from sllm_mini.checkpoint.hashing import CHUNK_NBYTES
 from sllm_mini.checkpoint.index import BLOCK_NBYTES
-from sllm_mini.device.cpu import HostMemory
 from sllm_mini.device.fake import RecordingRuntime
 from sllm_mini.errors import CheckpointError, IntegrityError, LoadCancelled, LoadError, WriteError
 from sllm_mini.loading import LoadOptions, load_tensors, start_load
@@ -95,14 +94,11 @@ def test_defect_3_ties_across_devices_are_right_on_each(tmp_path: Path) -> None:
 
 def test_defect_4_padding_is_zeros(tmp_path: Path) -> None:
     """Its padding is uninitialised heap: the same model gives other bytes each time, and other people's bytes travel."""
-    dirt = [HostMemory(32 << 20, populate=True) for _ in range(2)]
-    for memory in dirt:
-        memory.view[:] = b"\xaa" * memory.nbytes
-        memory.close()
+    # One thread, so that each file is written from memory that held the one before it.
     state = {f"layers.{number}.w": torch.full((1 + 97 * number,), 255, dtype=torch.uint8) for number in range(60)}
     files = []
     for name in ("one", "two"):
-        checkpoint = save_checkpoint(state, tmp_path / name, options=WriteOptions(partition_nbytes=20_000))
+        checkpoint = save_checkpoint(state, tmp_path / name, options=WriteOptions(partition_nbytes=20_000, threads=1))
         assert len(checkpoint.index.partitions) > 5
         for number, partition in enumerate(checkpoint.index.partitions):
             content = bytearray((tmp_path / name / partition.file).read_bytes())
@@ -183,7 +179,7 @@ def test_defect_7_a_failed_load_never_reports_success(tmp_path: Path, monkeypatc
     assert handle.done and handle.progress.fraction < 1
 
 
-@pytest.mark.parametrize("position", range(7))
+@pytest.mark.parametrize("position", range(6))
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.timeout(30)
 def test_defect_8_a_read_error_does_not_stop_the_pipeline_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, position: int, threads: int) -> None:

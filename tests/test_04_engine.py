@@ -148,6 +148,7 @@ def test_stops_at_the_end_token_that_generate_stops_at(as_list: bool) -> None:
     assert list(completion.token_ids) == by_generate(model, [5, 6], 20)
     assert completion.token_ids[-1] == end and completion.finish == "eos"
     assert completion.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
+    assert Engine(model).complete([5, 6], max_new_tokens=20, stop_at_eos=False).token_ids == free.token_ids
     model.generation_config.eos_token_id = None
     assert Engine(model).complete([5, 6], max_new_tokens=20).token_ids == free.token_ids
 

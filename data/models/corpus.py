@@ -2,7 +2,7 @@
 
 A small grammar after the idea of TinyStories (Eldan and Li, 2023), that a model of a few million weights writes readable
 English if its world is small. Nothing is downloaded: `words.py` holds the words and patterns, and document `i` of a stream is
-drawn from `random.Random(f"{seed}/{stream}/{i}")`, so the bytes are the same on every machine. Costs about 30 microseconds
+drawn from `random.Random(f"{seed}/{stream}/{i}")`, so the bytes are the same on every machine. Costs about 10 microseconds
 per sentence and the memory of one document. Every function is pure; several threads may call them.
 
     python data/models/corpus.py --seed 0 --count 20

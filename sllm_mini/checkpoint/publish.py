@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sllm_mini.errors import CheckpointExistsError, WriteError
@@ -55,7 +55,7 @@ def publish(target: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
         raise WriteError(f"it cannot be written: {error.strerror or error}", path=error.filename or path) from error
     finally:
         if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
+            _remove(work)
         if lock >= 0:
             os.close(lock)
 
@@ -119,9 +119,15 @@ def _remove_abandoned(path: Path) -> None:
         except BlockingIOError:
             continue  # its writer is alive
         else:
-            shutil.rmtree(entry, ignore_errors=True)
+            _remove(entry)
         finally:
             os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    # As far as it goes: what stays is hidden, and the next writer tries again. (rmtree ignores most errors, not all.)
+    with suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -20,6 +20,7 @@ MEANING: Mapping[str, str] = {
     "open device": "the device is made ready",
     "tokenizer": "turns text into numbers and back",
     "open checkpoint": "its index is read and checked",
+    "start load": "files opened, readers started",
     "bytes": "the weights come from the disk",
     "skeleton": "the model without its weights",
     "wait for bytes": "until the last of them is there",

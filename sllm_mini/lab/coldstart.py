@@ -34,6 +34,7 @@ def climb(path: str, device: str, prompt: str | list[int], max_new_tokens: int, 
     with recorder.span("import transformers", warmth=Warmth.RUNTIME):
         _import_model_class(path)
     with recorder.span("import sllm_mini", warmth=Warmth.RUNTIME):
+        from sllm_mini.checkpoint import open_checkpoint
         from sllm_mini.device import CudaDevice, get_device
         from sllm_mini.inference import Engine, load_tokenizer
         from sllm_mini.loading import load_model
@@ -41,10 +42,12 @@ def climb(path: str, device: str, prompt: str | list[int], max_new_tokens: int, 
         target = get_device(device)
         torch.zeros(1, device=target.name).add_(1)  # the first operation makes torch's own context
         target.synchronize()
+    with recorder.span("open checkpoint", warmth=Warmth.DRAM):
+        checkpoint = open_checkpoint(path)
     with recorder.span("tokenizer", warmth=Warmth.DRAM):
-        tokenizer = load_tokenizer(path)
-    with _named(recorder, before="open checkpoint", after="hand over"):
-        model = load_model(path, target, recorder=recorder)
+        tokenizer = load_tokenizer(checkpoint)
+    with _named(recorder, before="start load", after="hand over"):
+        model = load_model(checkpoint, target, recorder=recorder)
     with recorder.span("engine", warmth=Warmth.READY):
         engine = Engine(model, tokenizer)
         prompt_ids = engine.encode(prompt)

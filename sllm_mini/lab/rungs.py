@@ -81,7 +81,7 @@ def plot_rungs(starts: Mapping[str, Mapping[str, float]], ax: Axes | None = None
     ax.set_xlabel("seconds since the process was asked for")
     keys = [Patch(facecolor=_color(name), edgecolor="white", hatch="//" if name == FIRST_TOKEN else None, label=_meaning(name)) for name in used]
     # In points below the axis label, so that it never touches it whatever the height of the axes.
-    below = ax.transAxes + ScaledTranslation(0, -38 / 72, ax.get_figure(root=True).dpi_scale_trans)
+    below = ax.transAxes + ScaledTranslation(0, -38 / 72, ax.figure.dpi_scale_trans)
     ax.legend(handles=keys, loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, ncols=2, frameon=False, fontsize=8.5, borderaxespad=0)
     return ax
 

@@ -555,6 +555,8 @@ def _mutated(text: bytes, spots: list[tuple[str | int, ...]], source: random.Ran
             value = parent[place[-1]]
         except (KeyError, IndexError, TypeError):
             continue  # an earlier change took it away
+        if not isinstance(parent, (dict, list)):
+            continue  # or put a text there
         roll = source.random()
         if roll < 0.35:
             parent[place[-1]] = source.choice(_VALUES)

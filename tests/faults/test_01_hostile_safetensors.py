@@ -358,6 +358,8 @@ def _mutated(text: bytes, spots: list[tuple[str | int, ...]], source: random.Ran
             value = parent[place[-1]]
         except (KeyError, IndexError, TypeError):
             continue  # an earlier change took it away
+        if not isinstance(parent, (dict, list)):
+            continue  # or put a text there
         roll = source.random()
         if roll < 0.4:
             parent[place[-1]] = source.choice((0, 1, 2, 3, 4, 8, 24, 40, 44, -1, 2**31, 2**63, 2**64, 0.5, 2.0, True, None, "", "F32", "I8", "U8", "BOOL", "F16", "C64", [], {}, [1], [0, 8]))

@@ -12,7 +12,9 @@ import stat
 import subprocess
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,12 +95,11 @@ def source(tmp_path: Path) -> Path:
 # Full disks
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB."""
-    place = tmp_path / "disk"
+@contextmanager
+def mounted(place: Path, kind: str, *options: str) -> Iterator[Path]:
+    """A file system of its own, kept in memory; skips where this user may not mount one."""
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, text=True, check=False)
+    done = subprocess.run(["mount", "-t", kind, *options, kind, place], capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"a small file system cannot be mounted here ({done.stderr.strip() or 'no reason given'})")
     yield place
@@ -106,6 +107,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if done.returncode:
         subprocess.run(["umount", "--lazy", place], check=True)
         pytest.fail(f"something of it is still open or mapped: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    with mounted(tmp_path / "disk", "tmpfs", "-o", "size=4m") as place:
+        yield place
 
 
 def test_a_disk_without_room_is_noticed_before_a_byte_is_written(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +178,14 @@ def test_whatever_the_disk_refuses_is_said_and_leaves_nothing(tmp_path: Path, mo
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["old"]
     assert_whole(tmp_path / "old", 1)
+
+
+def test_a_file_system_that_cannot_reserve_room_nor_say_how_much_it_has_is_written_to(tmp_path: Path) -> None:
+    """ramfs has no size and no fallocate, as 9p (Windows drives under WSL) has none."""
+    with mounted(tmp_path / "ramfs", "ramfs") as place:
+        write_plain(place / "model", 6, nbytes=3_000_001)
+        write_plain(place / "model", 7, nbytes=3_000_001, overwrite=True)
+        assert_whole(place / "model", 7)
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +291,7 @@ def test_of_several_writers_one_wins_and_the_others_are_told(tmp_path: Path, ove
         except CheckpointExistsError:
             os._exit(3)
 
-    for _ in range(8):
+    for _ in range(5):
         ends = [wait_for(child) for child in [start_child(lambda value=value: write(value)) for value in range(1, 5)]]  # type: ignore[misc]
         assert sorted(ends) == ([0, 0, 0, 0] if overwrite else [0, 3, 3, 3])
         winner = load_tensors(tmp_path / "model")["t0"][0].item()
@@ -290,7 +306,7 @@ def test_overwriting_is_atomic_for_a_reader_that_looks_all_the_time(tmp_path: Pa
     write_plain(target, 1, nbytes=4096)
 
     def overwrite_again_and_again() -> None:
-        for round in range(200):
+        for round in range(100):
             write_plain(target, 2 + round % 100, overwrite=True, nbytes=4096)
 
     child = start_child(overwrite_again_and_again)
@@ -543,6 +559,12 @@ def _shrunk() -> torch.Tensor:
     return tensor
 
 
+def _nested() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls them a prototype
+        return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+
+
 @pytest.mark.parametrize(
     "state, says",
     [
@@ -558,7 +580,7 @@ def _shrunk() -> torch.Tensor:
         ({"a": torch.zeros(3, device="meta")}, "meta"),
         ({"a": _freed()}, "freed"),
         ({"a": torch.zeros(3), "b": _shrunk()}, "'b'"),
-        ({"a": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])}, "'a'"),
+        ({"a": _nested()}, "nested"),
         ({"a": torch.zeros(3, 3).to_sparse(), "a#values": torch.zeros(1)}, "'a#values'"),
         ({"a#values": torch.zeros(1), "a": torch.zeros(3, 3).to_sparse()}, "'a#values'"),
     ],

@@ -366,7 +366,7 @@ def test_a_load_of_what_is_not_there_is_refused(checkpoint: Checkpoint) -> None:
 def test_a_load_can_be_cancelled_at_any_moment(checkpoint: Checkpoint, saved: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     choose = random.Random(2)
     cancelled = finished = 0
-    for _ in range(80):
+    for _ in range(50):
         with monkeypatch.context() as patch, nothing_left():
             after, reached = choose.randrange(12), threading.Event()
 
@@ -388,7 +388,7 @@ def test_a_load_can_be_cancelled_at_any_moment(checkpoint: Checkpoint, saved: di
                 assert str(checkpoint.path) in str(error)
                 cancelled += 1
             del handle
-    assert cancelled > 10 and finished > 0, (cancelled, finished)
+    assert cancelled > 5 and finished > 0, (cancelled, finished)
 
 
 def test_a_cancelled_load_is_told_to_all_who_wait(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
