@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ from sllm_mini.device.cpu import available_nbytes
 SMALL = "opt-125m"
 PROMPT = "Once upon a time there was a"
 NTOKENS = 8
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """Emptied at once: pytest keeps folders until the end, and these fill a disk."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
 def need(nbytes: int, folder: Path) -> None:

@@ -188,6 +188,19 @@ def reading(rng: Random) -> tuple[str, str]:
     return " ".join(scene.write(pattern) for pattern in [*told, asked]), scene.write(answer)
 
 
+def repeating(rng: Random) -> tuple[str, str]:
+    """A request to repeat a list, and the list: the shortest way to learn copying, which every story needs."""
+
+    def item() -> str:
+        kind = rng.random()
+        if kind < 0.6:
+            return f"{rng.choice(COLOURS)} {rng.choice(THINGS)}"
+        return rng.choice(CAST).name if kind < 0.8 else rng.choice((*NUMBERS, *SECRETS))
+
+    items = ", ".join(item() for _ in range(rng.randint(2, 7)))
+    return f"Please repeat: {items}.", sentence_case(f"{items}.")
+
+
 def counting(rng: Random) -> tuple[str, str]:
     """A request to count, and the numbers."""
     first = rng.randint(0, LARGEST - 2)
@@ -233,18 +246,23 @@ def exchange(rng: Random) -> tuple[str, str]:
         return question(rng, rng.choice(CAST))
     if kind < 0.70:
         return reading(rng)
-    if kind < 0.78:
+    if kind < 0.76:
         return counting(rng)
-    return small_talk(rng) if kind < 0.86 else story_request(rng)
+    if kind < 0.82:
+        return repeating(rng)
+    return small_talk(rng) if kind < 0.88 else story_request(rng)
 
 
-def chat(rng: Random) -> str:
-    """Turns between a user and the assistant, written exactly as the chat template writes them, without `<|begin|>`."""
+def chat(rng: Random, drill: bool = False) -> str:
+    """Turns between a user and the assistant, written exactly as the chat template writes them, without `<|begin|>`.
+
+    A `drill` only repeats lists and answers questions about what was just read.
+    """
     turns: list[str] = []
     if rng.random() < 0.15:
         turns.append(f"{SYSTEM}\n{rng.choice(SYSTEM_PROMPTS)}{END}\n")
     for _ in range(rng.randint(1, 4)):
-        asked, answer = exchange(rng)
+        asked, answer = rng.choice((repeating, repeating, reading))(rng) if drill else exchange(rng)
         turns.append(f"{USER}\n{asked}{END}\n{ASSISTANT}\n{answer}{END}\n")
     return "".join(turns)
 
@@ -284,7 +302,9 @@ def document(rng: Random, long: bool = False) -> str:
     if long:
         return BEGIN + long_story(rng) + END
     kind = rng.random()
-    if kind < 0.36:
+    if kind < 0.18:
+        return BEGIN + chat(rng, drill=True)
+    if kind < 0.40:
         return BEGIN + story(rng) + END
     if kind < 0.57:
         return BEGIN + sums(rng) + END

@@ -619,7 +619,7 @@ def test_arrays_that_share_memory_but_not_their_length_are_saved_whole(tmp_path:
 # The long form: random faults at random places
 
 
-@pytest.mark.parametrize("rounds", [40, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("rounds", [40, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_a_random_fault_leaves_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
     """One of the calls that writing is made of fails, at any of its uses: the target holds one version, whole."""
     choose = random.Random(5)
@@ -647,6 +647,6 @@ def test_a_random_fault_leaves_the_old_one_or_the_new_one(tmp_path: Path, monkey
         assert found.read_companion("config.json") in (b'{"value": %d}' % version, b'{"value": %d}' % value)
         version = int(load_tensors(found)["t0"][0])
         assert_whole(target, version)
-    assert failures > rounds // 4
+    assert failures > rounds // 8
     write_plain(target, 1, overwrite=True)
     assert os.listdir(tmp_path) == ["model"]
