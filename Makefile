@@ -24,11 +24,13 @@ setup: $(SETUP) ## make the environment .venv from requirements.lock
 
 $(SETUP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sllm_mini needs Python 3.11 or newer; name one with: make setup PYTHON=python3.12" >&2; exit 1; }
+	@echo "Making the environment .venv: some minutes and 2 GB the first time."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements.lock
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --no-build-isolation --editable .
 	@$(cuda_extra)
 	@touch $@
+	@echo "The environment is ready: make lab, make test, or source .venv/bin/activate and sllm-mini tour."
 
 # cupy comes in one package per CUDA version and only one may be installed; the lock holds the one for CUDA 13, which
 # needs no driver to be imported. It is exchanged only where a GPU is driven through CUDA 12.

@@ -18,10 +18,12 @@ _HOMES = {
     "export_safetensors": "sllm_mini.checkpoint",
     "open_checkpoint": "sllm_mini.checkpoint",
     "verify_checkpoint": "sllm_mini.checkpoint",
+    "WriteOptions": "sllm_mini.checkpoint",
     "load_tensors": "sllm_mini.loading",
     "load_model": "sllm_mini.loading",
     "start_load": "sllm_mini.loading",
     "LoadHandle": "sllm_mini.loading",
+    "LoadOptions": "sllm_mini.loading",
     "Engine": "sllm_mini.inference",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the table above is the one list

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+import torch
 
-from sllm_mini.checkpoint import verify_checkpoint
-from sllm_mini.errors import ResourceError
+from sllm_mini.checkpoint import save_checkpoint, verify_checkpoint
+from sllm_mini.errors import CheckpointExistsError, ResourceError
 from sllm_mini.lab import models, recorded
 from sllm_mini.lab.anatomy import ColdStart
 from sllm_mini.lab.rungs import FIRST_TOKEN, ladder_table, median_rungs, plot_rungs, rung_seconds, rungs_alt_text
@@ -98,6 +100,26 @@ def test_the_tiny_checkpoint_is_made_once(tmp_path: Path) -> None:
     before = (tmp_path / "tiny" / "index.json").stat().st_mtime_ns
     assert models.tiny_checkpoint(tmp_path).index == made.index
     assert (tmp_path / "tiny" / "index.json").stat().st_mtime_ns == before
+
+
+def test_the_tiny_checkpoint_replaces_nothing_but_a_model(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointExistsError, match="other than a model"):
+        models.tiny_checkpoint(tmp_path)
+    assert (tmp_path / "tiny" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("gpu_nbytes", [None, 8e9])
+def test_the_larger_model_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu_nbytes: float | None) -> None:
+    monkeypatch.setattr(models, "cuda_available", lambda: gpu_nbytes is not None)
+    monkeypatch.setattr(models, "get_device", lambda _: SimpleNamespace(free_nbytes=lambda: gpu_nbytes))
+    monkeypatch.setattr(models, "available_nbytes", lambda: 64_000_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 0))  # full, now that it is there
+    name = "qwen2.5-0.5b" if gpu_nbytes is None else "llama-3.2-1b"
+    save_checkpoint({"w": torch.zeros(1)}, tmp_path / name)
+    save_checkpoint({"w": torch.zeros(1)}, tmp_path / "opt-125m")
+    assert models.sized_checkpoint(tmp_path).path == tmp_path / name
 
 
 def test_a_page_says_so_where_no_gpu_run_was_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

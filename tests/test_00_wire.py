@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import functools
 import os
@@ -784,6 +785,18 @@ def test_closing_a_listener_wakes_accept(place: Path) -> None:
     assert isinstance(results[0], ChannelClosed)
     with pytest.raises(ChannelClosed):
         listener.accept()
+
+
+def test_accept_that_meets_the_close_of_another_thread_ends_as_closed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ClosedInBetween:
+        def accept(self) -> object:
+            listener._closed = True
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # Linux's answer on a socket that was shut down
+
+    with listen(place) as listener, monkeypatch.context() as patch:
+        patch.setattr(listener, "_sock", ClosedInBetween())
+        with pytest.raises(ChannelClosed):
+            listener.accept(PATIENCE)
 
 
 def test_a_listener_out_of_descriptors_says_so_and_lives_on(place: Path) -> None:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from sllm_mini.checkpoint import WriteOptions, convert_checkpoint, open_checkpoi
 from sllm_mini.checkpoint.dtypes import ITEM_NBYTES
 from sllm_mini.checkpoint.hashing import CHUNK_NBYTES
 from sllm_mini.checkpoint.index import BLOCK_NBYTES
+from sllm_mini.device.base import Device
 from sllm_mini.device.fake import RecordingRuntime
 from sllm_mini.errors import CheckpointError, IntegrityError, LoadCancelled, LoadError, WriteError
 from sllm_mini.loading import LoadOptions, load_tensors, start_load
@@ -84,7 +86,7 @@ def test_defect_3_ties_across_devices_are_right_on_each(tmp_path: Path) -> None:
     places = {(tensor.partition, tensor.offset) for tensor in checkpoint.index.tensors if tensor.name in ("embed.weight", "head.weight")}
     assert len(places) == 1
     runtime = RecordingRuntime(devices=2)
-    targets = ("cpu", {"": "cpu", "head": runtime.device(1)}, {"embed": runtime.device(0), "layers": runtime.device(1), "head": runtime.device(1)})
+    targets: tuple[str | dict[str, str | Device], ...] = ("cpu", {"": "cpu", "head": runtime.device(1)}, {"embed": runtime.device(0), "layers": runtime.device(1), "head": runtime.device(1)})
     for target in targets:
         found = load_tensors(checkpoint, target, options=COLD)
         assert found.keys() == state.keys()
@@ -162,6 +164,7 @@ def _fail_read(monkeypatch: pytest.MonkeyPatch, position: int) -> None:
 
     def preadv(fd: int, views: list[memoryview], offset: int) -> int:
         if next(calls) == position:
+            time.sleep(0.03)  # a disk that fails takes its time, in which the other readers run out of slots
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(fd, views, offset)
 

@@ -20,7 +20,7 @@ from sllm_mini.device.cuda_stream import CudaEvent
 from sllm_mini.device.fake import RecordingRuntime
 from sllm_mini.errors import DeviceError, IntegrityError, LoadCancelled, LoadError, OutOfMemoryError
 from sllm_mini.loading import LoadOptions, load_tensors, start_load
-from sllm_mini.loading.pipeline import next_chunk
+from sllm_mini.loading.pipeline import Pipeline, next_chunk
 from sllm_mini.loading.plan import Chunk, plan_load
 from sllm_mini.loading.reader import PartitionReader
 from sllm_mini.loading.residency import cached_nbytes
@@ -211,27 +211,29 @@ def test_layers_become_ready_in_execution_order(checkpoint: Checkpoint, saved: d
 
 @pytest.mark.parametrize("after", [0, 1, 5])
 def test_cancel_leaves_nothing(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    started, hold, real = threading.Semaphore(0), threading.Event(), PartitionReader.read
+    started, hold, real, real_stop = threading.Semaphore(0), threading.Event(), PartitionReader.read, Pipeline.stop
+    reads = itertools.count()
 
-    def read_slowly(self: PartitionReader, view: memoryview, offset: int, *, cached: bool) -> bool:
+    def read_then_hold(self: PartitionReader, view: memoryview, offset: int, *, cached: bool) -> bool:
         started.release()
-        if after == 0 or offset >= after * CHUNK_NBYTES:
+        if next(reads) >= after:
             hold.wait(10)
         return real(self, view, offset, cached=cached)
 
-    monkeypatch.setattr(PartitionReader, "read", read_slowly)
+    def stop_then_let_go(self: Pipeline, error: BaseException) -> None:
+        real_stop(self, error)
+        hold.set()
+
+    monkeypatch.setattr(PartitionReader, "read", read_then_hold)
+    monkeypatch.setattr(Pipeline, "stop", stop_then_let_go)
     handle = start_load(checkpoint, options=LoadOptions(chunk_nbytes=CHUNK_NBYTES, map_cached=False))
     started.acquire()
-    threading.Timer(0.05, hold.set).start()
     handle.cancel()
     assert handle.done and handle.progress.fraction != 1.0
     for attempt in (handle.wait, lambda: handle.tensors, lambda: handle.ready("empty"), lambda: handle.wait_for("embedding")):
         with pytest.raises(LoadCancelled):
             attempt()
     handle.cancel()
-    for timer in threading.enumerate():
-        if isinstance(timer, threading.Timer):
-            timer.join()
 
 
 def test_leaving_the_block_early_cancels(checkpoint: Checkpoint) -> None:
@@ -291,6 +293,16 @@ def test_reads_go_on_while_copies_are_in_flight(checkpoint: Checkpoint, monkeypa
     monkeypatch.setattr(CudaEvent, "wait", wait)
     load_tensors(checkpoint, runtime.device(), options=LoadOptions(chunk_nbytes=CHUNK_NBYTES, threads=1, ring_chunks=4))
     assert "deviceSynchronize" not in runtime.names()
+
+
+def test_a_gpu_that_fails_after_the_last_byte_fails_the_load(checkpoint: Checkpoint) -> None:
+    runtime = RecordingRuntime()
+    runtime.fail("streamSynchronize")  # only closing the stream asks for it
+    with pytest.raises(DeviceError, match="finish a stream's work"):
+        load_tensors(checkpoint, runtime.device(), options=SMALL)
+    gc.collect()
+    assert runtime.leaks() == {}
+
 
 
 def test_a_device_map_sends_each_tensor_to_its_gpu(checkpoint: Checkpoint, saved: dict[str, torch.Tensor]) -> None:

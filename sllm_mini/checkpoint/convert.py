@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_PICKLED = "its weights are pickles, which may run code when read; save the model as safetensors first"
 _COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _COMPANION_LIMIT = 256 << 20
 
@@ -49,7 +50,8 @@ def save_checkpoint(
     """Saves a live module or a mapping of names to tensors, on any device, ties and views kept.
 
     A transformers model brings its configuration along. Raises UnsupportedError for what cannot be saved,
-    CheckpointExistsError and WriteError. The tensors must not change meanwhile.
+    CheckpointExistsError and WriteError. The tensors must not change meanwhile. Safe from several threads on different
+    targets.
     """
     from sllm_mini.checkpoint.torch_source import torch_source
 
@@ -64,10 +66,11 @@ def convert_checkpoint(
     options: WriteOptions | None = None,
     progress: ProgressCallback | None = None,
 ) -> Checkpoint:
-    """Converts a Hugging Face directory, or one safetensors file, with its configuration and tokenizer files.
+    """Converts a Hugging Face directory with its configuration and tokenizer files, or one safetensors file alone.
 
-    Peak memory grows by threads × 16 MiB, whatever the size of the model. Raises CheckpointError or FormatError,
-    naming the file, for a source that is missing or broken; CheckpointExistsError and WriteError for the target.
+    Peak memory grows by threads × 8 MiB, whatever the size of the model. Raises CheckpointError or FormatError,
+    naming the file, for a source that is missing or broken; CheckpointExistsError and WriteError for the target. Safe
+    from several threads on different targets.
     """
     origin = Path(src)
     files = _weight_files(origin)
@@ -103,6 +106,8 @@ def _weight_files(origin: Path) -> dict[Path, set[str] | None]:
     """The safetensors files of a source and the tensors each must hold (None: whatever it holds)."""
     try:
         if not stat.S_ISDIR(os.stat(origin).st_mode):
+            if origin.suffix in _PICKLE_SUFFIXES:
+                raise CheckpointError(_PICKLED, path=origin)
             return {origin: None}
         present = os.listdir(origin)
     except FileNotFoundError as error:
@@ -120,7 +125,7 @@ def _weight_files(origin: Path) -> dict[Path, set[str] | None]:
     if found:
         raise CheckpointError(f"it holds {len(found)} safetensors files but no {_INDEX} that says how they belong together", path=origin)
     if any(file.endswith(_PICKLE_SUFFIXES) for file in present):
-        raise CheckpointError("its weights are pickles, which may run code when read; save the model as safetensors first", path=origin)
+        raise CheckpointError(_PICKLED, path=origin)
     raise CheckpointError("it holds no safetensors file", path=origin)
 
 
@@ -177,10 +182,9 @@ def _check_unique(tensors: list[SourceTensor], origin: Path) -> None:
 
 
 def _companions(origin: Path) -> dict[str, bytes | Path]:
-    """The model's own small files: configuration, tokenizer, templates; never weights, never code."""
-    folder = origin if origin.is_dir() else origin.parent
+    """The model's own small files: configuration, tokenizer, templates; never weights, never code. A file has none."""
     files: dict[str, bytes | Path] = {}
-    for file in sorted(folder.iterdir()) if origin.is_dir() else []:
+    for file in sorted(origin.iterdir()) if origin.is_dir() else []:
         small = file.is_file() and file.stat().st_size <= _COMPANION_LIMIT
         wanted = file.suffix in _COMPANION_SUFFIXES or file.name.upper().startswith("LICENSE")
         if small and wanted and not file.name.endswith(".index.json") and companion_name_problem(file.name) is None:

@@ -19,6 +19,11 @@ from sllm_mini.checkpoint.hashing import bytes_digest
 from sllm_mini.checkpoint.index import INDEX_FILE, MAX_INDEX_NBYTES, Index, decode_index
 from sllm_mini.errors import CheckpointError, FormatError, IntegrityError
 
+_READ_BY_NAME = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".safetensors", ".bin")
+
+
+_REPLACED = "the checkpoint was replaced or removed since it was opened; open it again"
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -38,7 +43,10 @@ class Checkpoint:
         return self.index.total_nbytes
 
     def open_partition(self, number: int, flags: int = 0) -> int:
-        """A read-only descriptor of a data file (the caller closes it), its size checked again."""
+        """A read-only descriptor of a data file (the caller closes it), its size checked again.
+
+        A file system that refuses `flags` (such as O_DIRECT) raises its own OSError, everything else CheckpointError.
+        """
         entry = self.index.partitions[number]
         with self._folder() as folder:
             return _open_sized(folder, self.path / entry.file, entry.file_nbytes, flags)
@@ -63,15 +71,20 @@ class Checkpoint:
             except OSError:
                 found = None
             if found != self.identity:
-                raise CheckpointError("the checkpoint was replaced or removed since it was opened; open it again", path=self.path)
-            yield folder
+                raise CheckpointError(_REPLACED, path=self.path)
+            try:
+                yield folder
+            except IntegrityError as error:
+                if _was_replaced(self.path, folder):  # just now, and the old files are being removed
+                    raise CheckpointError(_REPLACED, path=self.path) from error
+                raise
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens a checkpoint directory.
 
     Raises CheckpointError if there is none, FormatError if its index breaks a rule, IntegrityError if a file is
-    missing, truncated, too long, or not listed in the index.
+    missing, truncated, too long, or not listed in the index. Safe from several threads.
     """
     directory = Path(path)
     while True:
@@ -95,7 +108,8 @@ def _open_whole(directory: Path, folder: int) -> Checkpoint:
     sizes = {entry.file: entry.file_nbytes for entry in index.partitions} | {entry.file: entry.nbytes for entry in index.companions}
     for file, nbytes in sizes.items():
         os.close(_open_sized(folder, directory / file, nbytes))
-    extra = sorted(file for file in present if file.startswith("data-") and file not in sizes)
+    # What no hash covers must not be believed: libraries read such files by name when a model is built from a directory.
+    extra = sorted(file for file in present if (file.startswith("data-") or file.endswith(_READ_BY_NAME)) and file not in {INDEX_FILE, *sizes})
     if extra:
         raise IntegrityError("it is not listed in the index; remove it or convert the model again", path=directory / extra[0])
     return Checkpoint(directory, index, identity)

@@ -42,7 +42,7 @@ def export_safetensors(
 
     With `verify`, every hash is checked first. Composites are written as their plain parts. Raises what
     `verify_checkpoint` raises, UnsupportedError for a dtype that safetensors has no code for, CheckpointExistsError
-    and WriteError.
+    and WriteError. Safe from several threads on different targets.
     """
     if max_shard_nbytes <= 0:
         raise ValueError(f"shards of {max_shard_nbytes} bytes cannot hold anything; ask for a positive size")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Annotated, Any
 
@@ -252,11 +252,6 @@ def _extras_problem(index: Index) -> str | None:
             return problem or f"two companion files are named {companion.file!r}"
         files.add(companion.file)
     return None
-
-
-def tensors_by_name(index: Index) -> Mapping[str, TensorEntry]:
-    """The plain tensors of an index by name."""
-    return {tensor.name: tensor for tensor in index.tensors}
 
 
 def is_json_meta(value: Any) -> bool:

@@ -32,9 +32,9 @@ def publish(target: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
     """Yields an empty hidden directory beside `target`; when the body ends well, it becomes `target`, fsynced.
 
     With `overwrite`, an existing directory is exchanged atomically and then removed, if it is empty or holds a model or
-    a checkpoint: a mistyped path costs nobody a home directory. If the body raises, nothing of
-    it stays. Raises CheckpointExistsError if `target` exists and may not be replaced, WriteError (with the reason)
-    for everything the file system refuses, a full disk included.
+    a checkpoint: a mistyped path costs nobody a home directory. If the body raises, nothing of it stays. Raises
+    CheckpointExistsError if `target` exists and may not be replaced, WriteError (with the reason) for everything the
+    file system refuses, a full disk included.
     """
     path = Path(os.path.abspath(target))
     check_target(path, overwrite)

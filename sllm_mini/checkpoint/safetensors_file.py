@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import msgspec
 
 from sllm_mini.checkpoint.dtypes import ITEM_NBYTES, SAFETENSORS_CODES
-from sllm_mini.checkpoint.index import MAX_DIMENSIONS, MAX_ELEMENTS, MAX_TENSORS
+from sllm_mini.checkpoint.index import MAX_DIMENSIONS, MAX_ELEMENTS, MAX_NAME, MAX_TENSORS
 from sllm_mini.errors import CheckpointError, FormatError, IntegrityError
 
 MAX_HEADER_NBYTES = 100_000_000
@@ -119,8 +119,8 @@ def _no_constant(text: str) -> float:
 
 
 def _entry(name: str, value: object, data_start: int, path: str | os.PathLike[str]) -> SafetensorsEntry:
-    if not 1 <= len(name) <= 1024 or any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise FormatError(f"tensor {name[:200]!r} has a name that is empty, longer than 1,024 characters, or not text", path=path, offset=8)
+    if not 1 <= len(name) <= MAX_NAME or any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise FormatError(f"tensor {name[:200]!r} has a name that is empty, longer than {MAX_NAME:,} characters, or not text", path=path, offset=8)
     try:
         entry = msgspec.convert(value, _Entry)
     except msgspec.ValidationError as error:

@@ -35,7 +35,8 @@ def verify_checkpoint(
     """Checks index, companions and every chunk of every partition.
 
     Raises what `open_checkpoint` raises, and IntegrityError naming file and byte for a chunk whose digest differs.
-    Memory grows by 2 MiB a thread.
+    Memory grows by 2 MiB a thread. `progress` is called on the reading threads, one call at a time. Safe from several
+    threads.
     """
     started = time.monotonic()
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
@@ -57,7 +58,7 @@ def verify_checkpoint(
         view = local.memory.view[: min(CHUNK_NBYTES, entry.file_nbytes - at)]
         FileBytes(fd, checkpoint.path / entry.file, 0, entry.file_nbytes).read_into(at, view)
         if chunk_digest(view) != entry.digests[chunk * DIGEST_HEX : (chunk + 1) * DIGEST_HEX]:
-            raise IntegrityError(f"the {len(view):,} bytes from here are not those that were written", path=checkpoint.path / entry.file, offset=at)
+            raise IntegrityError(f"one or more of the {len(view):,} bytes from here are not those that were written", path=checkpoint.path / entry.file, offset=at)
         with lock:
             done += len(view)
             if progress is not None:

@@ -1,6 +1,6 @@
 """Writes a checkpoint: plans the layout, streams the storages into partitions, records what was written.
 
-Every byte is copied once, hashed, written once and never read again. Memory grows by threads × 16 MiB, whatever the
+Every byte is copied once, hashed, written once and never read again. Memory grows by threads × 8 MiB, whatever the
 model's size. Taught in chapter 01.
 """
 

@@ -196,7 +196,7 @@ def verify(
 ) -> None:
     """Prove that no byte of a checkpoint has changed.
 
-    Exit code 1, and the first damaged file and byte, if one has.
+    Exit code 1, and the first damaged file and where its damaged chunk starts, if one has.
     """
     from sllm_mini.checkpoint import verify_checkpoint
 

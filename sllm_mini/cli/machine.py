@@ -208,7 +208,7 @@ def _meaning(machine: Machine, limits: Limits) -> list[str]:
         if (best := limits.best(name)) is not None
     ]
     lines = (
-        [f"{_EXAMPLE} needs at least " + ", ".join(bounds) + ". A loader cannot be faster; a slow one is."]
+        [f"{_EXAMPLE} needs at least " + ", ".join(bounds) + ". These are the medians above: a loader that takes much longer leaves room."]
         if bounds
         else []
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json as json_library
 import os
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,6 @@ import typer
 from sllm_mini.cli import terminal
 from sllm_mini.cli.terminal import DeviceOption, JsonOption
 from sllm_mini.lab.units import nbytes_text, rate_text, seconds_text
-from sllm_mini.types import Progress
 
 if TYPE_CHECKING:
     from sllm_mini.checkpoint import Checkpoint
@@ -94,12 +92,13 @@ def _load_once(checkpoint: Checkpoint, device: str, *, verify: bool, cold: bool)
 
 
 def _forget(checkpoint: Checkpoint) -> None:
-    """Drops clean pages of the data files from the page cache; pages that somebody maps stay."""
+    """Drops the data files from the page cache."""
+    from sllm_mini.loading.residency import drop_cached
+
     for number in range(len(checkpoint.index.partitions)):
         fd = checkpoint.open_partition(number)
         try:
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            drop_cached(fd)
         finally:
             os.close(fd)
 
@@ -114,7 +113,7 @@ def _wait(handle: LoadHandle, name: str) -> None:
                 handle.wait(_POLL_SECONDS)
                 return
             except TimeoutError:
-                show(Progress(handle.progress.done_nbytes, handle.progress.total_nbytes))
+                show(handle.progress)
 
 
 def _origin(run: dict[str, Any]) -> str:
@@ -171,11 +170,13 @@ def generate(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     opened = open_checkpoint(checkpoint)  # a wrong path is told before the slow imports
-    _import_what_is_needed(opened)
-    imported = time.perf_counter()
-    imports_seconds = _process_age_seconds()
-    engine = Engine.load(checkpoint, device)
-    load_seconds = time.perf_counter() - imported
+    console = terminal.stderr_console()
+    with console.status("importing torch and transformers, then loading") if console.is_terminal else nullcontext():
+        _import_what_is_needed(opened.path)
+        imported = time.perf_counter()
+        imports_seconds = _process_age_seconds()
+        engine = Engine.load(opened, device)
+        load_seconds = time.perf_counter() - imported
     with engine.generate(request, max_new_tokens=max_new_tokens, sampling=sampling) as generation:
         texts: list[str] = []
         for piece in generation:
@@ -221,18 +222,13 @@ def _prompt(text: str, ids: bool) -> str | list[int]:
         ) from None
 
 
-def _import_what_is_needed(checkpoint: Checkpoint) -> None:
-    """The imports that a first load would do, done apart so that they can be told apart. transformers imports what a
-    name needs when the name is looked up; a configuration that names no class is left to the load, which says why."""
+def _import_what_is_needed(checkpoint: Path) -> None:
+    """The imports that a first load would do, done apart so that they can be told apart."""
     import torch  # noqa: F401
-    import transformers
 
-    names = ["AutoModelForCausalLM", "AutoTokenizer"]
-    if any(companion.file == "config.json" for companion in checkpoint.index.companions):
-        with suppress(ValueError, TypeError, KeyError):
-            names += json_library.loads(checkpoint.read_companion("config.json"))["architectures"]
-    for name in names:
-        getattr(transformers, str(name), None)
+    from sllm_mini.lab.coldstart import import_model_class
+
+    import_model_class(checkpoint)
 
 
 def _process_age_seconds() -> float:

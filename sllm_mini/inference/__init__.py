@@ -22,18 +22,7 @@ _HOMES = {
     "Timings": "engine",
     "load_tokenizer": "text",
 }
-__all__ = [
-    "Completion",
-    "Detokenizer",
-    "Engine",
-    "Generation",
-    "Piece",
-    "Runner",
-    "SamplingOptions",
-    "TextDecoder",
-    "Timings",
-    "load_tokenizer",
-]
+__all__ = [*_HOMES]  # noqa: PLE0604 - the table above is the one list
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import msgspec
 
 from sllm_mini.errors import ModelError, ResourceError
 from sllm_mini.lab.account import Account, account
-from sllm_mini.types import Span, Warmth
+from sllm_mini.types import Span
 
 DEFAULT_PROMPT = "Once upon a time"
 _CHILD = (sys.executable, "-m", "sllm_mini.lab.coldstart")
@@ -78,19 +78,10 @@ def load_cold_start(path: str | os.PathLike[str]) -> ColdStart:
         raise ResourceError(f"{os.fspath(path)}: this is no recorded cold start ({error}); record it again") from error
 
 
-class _ReportedSpan(msgspec.Struct, frozen=True):
-    name: str
-    start: float
-    end: float
-    lane: str = "main"
-    nbytes: int = 0
-    warmth: Warmth | None = None
-
-
 class _Report(msgspec.Struct, frozen=True):
     """What the child writes; its times are readings of the monotonic clock."""
 
-    spans: tuple[_ReportedSpan, ...]
+    spans: tuple[Span, ...]
     first_token: float
     text: str
     token_ids: tuple[int, ...]
@@ -136,7 +127,7 @@ def measure_cold_start(
     answer = _run([*child, json.dumps(request)], timeout_seconds)
     return ColdStart(
         spans=tuple(
-            Span(s.name, s.start - spawned, s.end - spawned, s.lane, s.nbytes, s.warmth)
+            replace(s, start=s.start - spawned, end=s.end - spawned)
             for s in sorted(answer.spans, key=lambda item: (item.start, item.end))
         ),
         first_token_seconds=answer.first_token - spawned,
@@ -180,13 +171,11 @@ def _decoded(report: bytes) -> _Report | _Failure | None:
 
 
 def _drop_page_cache(files: Sequence[Path]) -> None:
+    from sllm_mini.loading.residency import drop_cached
+
     for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # the kernel keeps pages that are not on the disk yet
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+        with open(file, "rb") as stream:
+            drop_cached(stream.fileno())
 
 
 def _cached(files: Sequence[Path]) -> tuple[int, int | None]:

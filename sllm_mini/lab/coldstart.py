@@ -32,7 +32,7 @@ def climb(path: str, device: str, prompt: str | list[int], max_new_tokens: int, 
     with recorder.span("import torch", warmth=Warmth.RUNTIME):
         import torch
     with recorder.span("import transformers", warmth=Warmth.RUNTIME):
-        _import_model_class(path)
+        import_model_class(path)
     with recorder.span("import sllm_mini", warmth=Warmth.RUNTIME):
         from sllm_mini.checkpoint import open_checkpoint
         from sllm_mini.device import CudaDevice, get_device
@@ -87,7 +87,7 @@ def _named(recorder: SpanRecorder, *, before: str, after: str) -> Iterator[None]
     recorder.spans.append(Span(after, min(last, end), end, warmth=Warmth.READY))
 
 
-def _import_model_class(path: str) -> None:
+def import_model_class(path: str | os.PathLike[str]) -> None:
     """Imports transformers and the module of the checkpoint's own class, which would else be imported much later."""
     import transformers
 

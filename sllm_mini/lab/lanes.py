@@ -143,5 +143,3 @@ def stack_rows(rows: Sequence[Row], places: Sequence[Sequence[int]]) -> tuple[li
         centers.append(y + BAR / 2)
         y += BAR + levels * LEVEL + (0.58 if row.header else 0.0) + 0.2
     return centers[::-1], y
-
-

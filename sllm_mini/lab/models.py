@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from sllm_mini.checkpoint import Checkpoint, convert_checkpoint, open_checkpoint
+from sllm_mini.checkpoint import Checkpoint, WriteOptions, convert_checkpoint, open_checkpoint
 from sllm_mini.checkpoint.random_model import make_model
 from sllm_mini.checkpoint.shapes import SHAPES
 from sllm_mini.device import cuda_available, get_device
@@ -40,14 +40,14 @@ def tiny_checkpoint(folder: str | os.PathLike[str] | None = None) -> Checkpoint:
     source = resource("data/models/tiny")
     path = (workspace() if folder is None else Path(folder)) / "tiny"
     made = path / "index.json"
-    if made.exists() and made.stat().st_mtime >= (source / "model.safetensors").stat().st_mtime:
+    if _is_made(path) and made.stat().st_mtime >= (source / "model.safetensors").stat().st_mtime:
         return open_checkpoint(path)
-    shutil.rmtree(path, ignore_errors=True)
-    return convert_checkpoint(source, path)
+    return convert_checkpoint(source, path, options=WriteOptions(overwrite=True))
 
 
 def fitting_shape(folder: str | os.PathLike[str] | None = None) -> str:
-    """The name of the largest shape in `SIZES` for which device, host memory and disk have room."""
+    """The name of the largest shape in `SIZES` for which memory (the GPU's where there is one) has room, and the disk,
+    unless it was made there already. Raises ResourceError where nothing fits."""
     root = workspace() if folder is None else Path(folder)
     disk = shutil.disk_usage(root).free
     on_gpu = cuda_available()
@@ -55,7 +55,7 @@ def fitting_shape(folder: str | os.PathLike[str] | None = None) -> str:
     for name in SIZES if on_gpu else SIZES[SIZES.index(_CPU_LARGEST) :]:
         nbytes = SHAPES[name].nbytes
         # Twice on disk while it is converted; half as much again in memory for activations and libraries.
-        if 2 * nbytes < 0.8 * disk and 1.5 * nbytes < 0.8 * memory:
+        if 1.5 * nbytes < 0.8 * memory and (_is_made(root / name) or 2 * nbytes < 0.8 * disk):
             return name
     raise ResourceError(f"not even {SIZES[-1]} fits: {disk:,} bytes of disk and {memory:,} of memory are free")
 
@@ -64,10 +64,13 @@ def sized_checkpoint(folder: str | os.PathLike[str] | None = None) -> Checkpoint
     """A checkpoint of `fitting_shape` with random weights (seed 0), made on first use. Raises ResourceError where
     nothing fits, and what `make_model` and `convert_checkpoint` raise."""
     root = workspace() if folder is None else Path(folder)
-    for name in SIZES:
-        if (root / name / "index.json").exists() and (name == SIZES[0]) == cuda_available():
-            return open_checkpoint(root / name)
     name = fitting_shape(root)
+    if _is_made(root / name):
+        return open_checkpoint(root / name)
     with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as scratch:
         made = make_model(name, Path(scratch, name))
         return convert_checkpoint(made, root / name)
+
+
+def _is_made(path: Path) -> bool:
+    return (path / "index.json").exists()

@@ -21,7 +21,7 @@ def cold_start_picture() -> Described:
     path = tiny_checkpoint().path
     measure_cold_start(path)  # once unmeasured: the libraries' own files come from the disk only the first time
     start = measure_cold_start(path, max_new_tokens=16)
-    where = f"{start.machine['cores']} cores, no GPU" if start.device == "cpu" else start.device
+    where = f"{start.machine['cores']} cores, no GPU used"
     title = f"A cold start, {start.nbytes / 1e6:.0f} MB model ({where}, {datetime.date.today():%B %Y})"
     return describe(plot_timeline(start.spans, title=title), timeline_alt_text(start.spans, what=title))
 

@@ -34,9 +34,9 @@ def predict_cold_start(
 
     `device_bytes_per_second` is the link to a GPU, None where the processor itself computes: then bytes in host memory
     are on the device already. With `overlap` each of `CHUNKS` parts is copied as soon as it is read, so the slower of
-    the two sets the pace and the last part of the other comes on top. The sum
-    of rungs is the model of RainbowCake (ASPLOS'24), read up to the device; the overlap that of ServerlessLLM
-    (OSDI'24). Raises ValueError for a rate that is not above zero or a size or time below it.
+    the two sets the pace and the last part of the other comes on top. The sum of rungs is the model of RainbowCake
+    (ASPLOS'24), read up to the device; the overlap that of ServerlessLLM (OSDI'24). Raises ValueError for a rate that
+    is not above zero or a size or time below it.
     """
     rates = {"disk_bytes_per_second": disk_bytes_per_second}
     if device_bytes_per_second is not None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from sllm_mini.checkpoint.composite import check_composite_kind, restore_composite
 from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.device.base import Buffer
-from sllm_mini.errors import LoadError
-from sllm_mini.loading.pipeline import LoadReport, Pipeline, cancelled
+from sllm_mini.errors import LoadCancelled, LoadError
+from sllm_mini.loading.pipeline import LoadReport, Pipeline
 from sllm_mini.loading.plan import Chunk, LoadPlan
 from sllm_mini.types import Progress
 
@@ -78,7 +78,7 @@ class LoadHandle:
         return self._pipeline.report
 
     def ready(self, name: str) -> bool:
-        """True if all bytes of a tensor, or of every tensor of a layer, are in place. Raises KeyError for a name that
+        """True if all bytes of a tensor, or of every tensor of a layer, are in place. Raises LoadError for a name that
         is neither, and the load's error if it failed."""
         needed = self._needed(name)
         with self._changed:
@@ -115,7 +115,7 @@ class LoadHandle:
     def cancel(self) -> None:
         """Ends the load; returns when every thread is gone and all memory given back. Does nothing after the end."""
         if self._pipeline is not None:
-            self._pipeline.stop(cancelled(self.checkpoint))
+            self._pipeline.stop(LoadCancelled("the load was cancelled", path=self.checkpoint.path))
         self._join()
 
     def __enter__(self) -> LoadHandle:
@@ -131,7 +131,7 @@ class LoadHandle:
         layers = self.checkpoint.index.layers
         found = [self._plan.chunks_of(tensor, device) for tensor, device in self._plan.tensors if layers[tensor.layer] == name]
         if not found:
-            raise KeyError(f"{name!r} is neither a tensor nor a layer of this load")
+            raise LoadError(f"{name!r} is neither a tensor nor a layer of this load", path=self.checkpoint.path)
         return {number for numbers in found for number in numbers}
 
     def _raise_if_failed(self) -> None:
@@ -157,7 +157,7 @@ class LoadHandle:
         with self._changed:
             if error is None and self._missing:
                 error = LoadError("the load ended before all its bytes were in place", path=self.checkpoint.path)
-            if error is not None and not self._missing:
+            if isinstance(error, LoadCancelled) and not self._missing:
                 error = None  # cancelled after the last byte: there is nothing left to cancel
             self._error = error
             if error is not None:

@@ -40,7 +40,8 @@ def start_load(
     `device` is one device or a map from prefixes of tensor names to devices ("" matches all; the longest prefix
     counts). `names` loads only those tensors and composites. With `verify`, every chunk is hashed as it arrives, and a
     wrong one fails the load. `recorder` gets a span for each stage of each chunk. Raises what `open_checkpoint`
-    raises, OutOfMemoryError before anything is read if the target is too small, LoadError for an unknown name.
+    raises, OutOfMemoryError before anything is read if the target is too small, LoadError for an unknown name. Safe
+    from several threads.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     options = options or LoadOptions()
@@ -81,9 +82,14 @@ def load_tensors(
     options: LoadOptions | None = None,
     recorder: SpanRecorder | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Loads a checkpoint's tensors by name, in execution order; ties and views share memory as they did when saved.
+    """Loads a checkpoint and returns its tensors as a dict, name → tensor, in execution order.
 
-    Parameters and errors are those of `start_load` and `LoadHandle.wait`. Safe from several threads.
+    `device`: "cpu", "cuda", "cuda:1", or a map from prefixes of names to devices. `names`: only these. `verify`: check
+    every chunk's hash as it arrives. `options`: see `LoadOptions`. `recorder`: gets a span for each stage of each chunk.
+    Ties and views share memory as they did when saved. Raises what `start_load` and `LoadHandle.wait` raise. Safe from
+    several threads.
+
+        tensors = load_tensors("llama.sllm", names=["model.norm.weight"])
     """
     with start_load(path, device, names=names, verify=verify, options=options, recorder=recorder) as handle:
         return handle.wait()

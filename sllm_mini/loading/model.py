@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -50,15 +49,14 @@ def load_model(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     target = get_device(device)
     span = recorder.span if recorder is not None else lambda *_args, **_options: nullcontext()
-    started = time.monotonic()
     with start_load(checkpoint, target, verify=verify, options=options) as handle:
         with span("skeleton", warmth=Warmth.DRAM):
             model = build_skeleton(checkpoint)
         with span("wait for bytes", warmth=Warmth.DEVICE):
             tensors = handle.wait()
         if recorder is not None:
-            end = started + handle.report.seconds
-            recorder.spans.append(Span("bytes", started, end, "loader", checkpoint.nbytes, Warmth.DEVICE))
+            started = handle.report.started
+            recorder.spans.append(Span("bytes", started, started + handle.report.seconds, "loader", checkpoint.nbytes, Warmth.DEVICE))
     with span("fill", warmth=Warmth.DEVICE):
         fill(model, tensors, target.name, checkpoint)
     return model
@@ -142,13 +140,11 @@ def fill(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], device: st
         _put(module, leaf, name, tensor, checkpoint)
     missing = set(slots) - set(matched)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
     for name in sorted(missing):
         module, leaf = slots[name]
         value = module._parameters.get(leaf, module._buffers.get(leaf))
         if value is not None and value.is_meta:
-            optional = any(pattern.search(name) for pattern in ignored)
-            raise ModelError(f"{checkpoint.path}: the model needs tensor {name!r}, which the checkpoint does not hold" + (" (optional, but not computable)" if optional else ""))
+            raise ModelError(f"{checkpoint.path}: the model needs tensor {name!r}, which the checkpoint does not hold; load_tensors still works")
     if device != "cpu":
         for module in model.modules():
             for leaf, value in module._buffers.items():

@@ -20,7 +20,7 @@ from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.checkpoint.hashing import CHUNK_NBYTES, DIGEST_HEX, chunk_digest
 from sllm_mini.device.base import Buffer, Device, Event, HostBuffer, Stream
 from sllm_mini.device.cpu import HostMemory
-from sllm_mini.errors import IntegrityError, LoadCancelled, LoadError, SllmError
+from sllm_mini.errors import IntegrityError, LoadError, SllmError
 from sllm_mini.loading.plan import Chunk, LoadPlan
 from sllm_mini.loading.reader import PartitionReader
 from sllm_mini.types import SpanRecorder
@@ -48,12 +48,13 @@ class LoadOptions:
 
 @dataclass(slots=True)
 class LoadReport:
-    """What a load did: bytes read around the page cache, copied from it, and mapped from it; seconds from start to
-    last byte; why direct reads were given up, if they were."""
+    """What a load did: bytes read around the page cache, copied from it, and mapped from it; when it started on the
+    monotonic clock and the seconds to its last byte; why direct reads were given up, if they were."""
 
     direct_nbytes: int = 0
     buffered_nbytes: int = 0
     mapped_nbytes: int = 0
+    started: float = 0.0
     seconds: float = 0.0
     fallback: str | None = None
 
@@ -103,11 +104,10 @@ class Pipeline:
         self._readers: list[PartitionReader] = []
         self._threads: list[threading.Thread] = []
         self._running = 0
-        self._started = 0.0
 
     def start(self) -> None:
         """Opens the files and starts the threads. Raises, leaving nothing behind, if either cannot be done."""
-        self._started = time.monotonic()
+        self.report.started = time.monotonic()
         try:
             for number in range(len(self._checkpoint.index.partitions)):
                 self._readers.append(PartitionReader(self._checkpoint, number, direct=self._options.direct))
@@ -245,7 +245,7 @@ class Pipeline:
                 number = (chunk.file_offset + at) // CHUNK_NBYTES
                 if chunk_digest(view[at : at + CHUNK_NBYTES]) != entry.digests[number * DIGEST_HEX : (number + 1) * DIGEST_HEX]:
                     path = self._readers[chunk.partition].path
-                    raise IntegrityError("the bytes from here are not those that were written", path=path, offset=chunk.file_offset + at)
+                    raise IntegrityError("a byte in the chunk that starts here is not the one that was written", path=path, offset=chunk.file_offset + at)
 
     def _count(self, chunk: Chunk, *, mapped: bool, direct: bool) -> None:
         with self._changed:
@@ -271,7 +271,7 @@ class Pipeline:
         for thread in workers:
             thread.join()
         self.report.fallback = next((reader.fallback for reader in self._readers if reader.fallback), None)
-        self.report.seconds = time.monotonic() - self._started
+        self.report.seconds = time.monotonic() - self.report.started
         self._release()
         on_end = self._on_end
         # The handle holds this pipeline: callbacks that lead back to it would keep the tensors until a garbage collection.
@@ -301,8 +301,3 @@ class Pipeline:
 
 def _nothing(_: object) -> None:
     return None
-
-
-def cancelled(checkpoint: Checkpoint) -> LoadCancelled:
-    """The error a cancelled load ends with."""
-    return LoadCancelled("the load was cancelled", path=checkpoint.path)

@@ -24,6 +24,7 @@ from threading import Event
 import numpy as np
 
 from sllm_mini.device.cpu import HostMemory, available_nbytes, cpu_count
+from sllm_mini.errors import SllmError
 from sllm_mini.loading.probe_kernel import DirectIo, measure_direct_io
 from sllm_mini.loading.probe_samples import (
     Deadline,
@@ -139,7 +140,10 @@ def _write(buffered_fd: int, direct_fd: int, nbytes: int, deadline: Deadline) ->
 
 def _direct_reads(file: _ProbeFile, deadline: Deadline, rounds: int) -> Samples:
     chunk, threads = SWEEP[-1]
-    first = _read(file.direct_fd, min(file.nbytes, chunk * threads), chunk, threads)
+    try:
+        first = _read(file.direct_fd, min(file.nbytes, chunk * threads), chunk, threads)
+    except (OSError, SllmError) as error:
+        return Samples(skipped=(Skipped("disk_direct_read", reason_of(error)),))
     rate = min(file.nbytes, chunk * threads) / max(first, 1e-9)
     # As much of the file as this disk can give every setting in every round; all settings read the same bytes.
     affordable = int(rate * deadline.remaining_seconds / (len(SWEEP) * rounds)) // _WRITE_NBYTES * _WRITE_NBYTES
@@ -195,7 +199,7 @@ def _cached_reads(file: _ProbeFile, deadline: Deadline, rounds: int) -> Samples:
         # Into as much memory as a load would fill: a small buffer reused would sit in the processor's cache.
         target = HostMemory(nbytes, populate=True)
         _copy_cached(file.buffered_fd, target, 1)  # brings the file into the page cache
-    except OSError as error:
+    except (OSError, SllmError) as error:
         return Samples(skipped=(Skipped("cached_read", reason_of(error)),))
     settings: dict[str, Callable[[], float]] = {"1 thread": partial(_copy_cached, file.buffered_fd, target, 1)}
     if threads > 1:

@@ -1,7 +1,7 @@
 """What this kernel and file system allow: direct I/O and its block size, huge pages, page-cache queries, io_uring.
 
 Each question is asked of the kernel itself at run time, never of its version number: kernels that report 4.4 and
-sandboxes that refuse single calls exist. A refusal is an answer (`reason`), never an exception. Costs a 64 KiB file
+sandboxes that refuse single calls exist. A refusal is an answer (`reason`), never an exception. Costs a 128 KiB file
 and a dozen system calls. Safe from several threads. Taught in chapters 01 and 02.
 """
 

@@ -33,7 +33,10 @@ def measure_memory_copy(*, nbytes: int = 256 << 20, budget_seconds: float = 2.0,
     """ "memory_copy": bytes copied per second between two populated huge-page buffers, by one thread and by one per
     processor. (The bus moves at least twice as much: each byte is read and written.)"""
     nbytes = _that_fits(nbytes)
-    source, target = HostMemory(nbytes, populate=True), HostMemory(nbytes, populate=True)
+    try:
+        source, target = HostMemory(nbytes, populate=True), HostMemory(nbytes, populate=True)
+    except SllmError as error:
+        return Samples(skipped=(Skipped("memory_copy", reason_of(error)),))
     settings: dict[str, Callable[[], float]] = {"1 thread": partial(_copy, target, source, 1)}
     if (threads := cpu_count()) > 1:
         settings[f"{threads} threads"] = partial(_copy, target, source, threads)
@@ -99,10 +102,10 @@ def measure_device_copy(
         samples = sample_in_rounds(
             "pinned_allocation", nbytes, {"first, then again": pin}, rounds=min(rounds, 2), deadline=deadline
         )
-        sources = {"pageable memory": HostMemory(nbytes, populate=True)} | (
-            {"pinned memory": pinned[0]} if pinned else {}
-        )
         try:
+            sources = {"pageable memory": HostMemory(nbytes, populate=True)} | (
+                {"pinned memory": pinned[0]} if pinned else {}
+            )
             for source in sources.values():  # the first use of a source and of a stream has costs of its own
                 copy(source)
         except SllmError as error:

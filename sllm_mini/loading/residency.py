@@ -1,4 +1,4 @@
-"""What the page cache already holds of a file, asked without touching the disk.
+"""What the page cache already holds of a file, asked without touching the disk, and how to make it forget.
 
 cachestat (Linux 6.5) answers for a range in microseconds; where it is missing, mincore over a mapping does. A
 non-waiting read would answer too, but it starts readahead and so reads half the file twice. Taught in chapter 02.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import os
 
 _SYS_CACHESTAT = 451  # the same number on every architecture
 _PAGE = mmap.PAGESIZE
@@ -32,6 +33,13 @@ def cached_nbytes(fd: int, offset: int, nbytes: int) -> int | None:
     if ctypes.get_errno() not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
         return None
     return _mincore(fd, offset, nbytes)
+
+
+def drop_cached(fd: int) -> None:
+    """Makes the page cache forget a file, so that the next read asks the disk; pages that somebody maps stay. Safe
+    from several threads."""
+    os.fsync(fd)  # the kernel keeps pages that are not on the disk yet
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _mincore(fd: int, offset: int, nbytes: int) -> int | None:

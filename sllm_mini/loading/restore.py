@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 def restore_tensors(base: torch.Tensor, places: Iterable[tuple[TensorEntry, int]]) -> dict[str, torch.Tensor]:
     """Views into `base`, a 1-D uint8 tensor, for `(entry, byte offset in base)`; they keep the base alive."""
-
     typed: dict[str, torch.Tensor] = {}
     tensors: dict[str, torch.Tensor] = {}
     whole = base[: base.numel() // 16 * 16]  # so that every item size divides it

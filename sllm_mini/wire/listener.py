@@ -67,6 +67,8 @@ class Listener:
                         raise WireTimeout(f"{self.path}: nobody connected in time") from None
                     continue
                 except OSError as error:
+                    if self._closed:  # by another thread, between the look at it and the call
+                        continue
                     raise WireError(f"{self.path}: a connection could not be accepted: {error.strerror}") from error
                 if peer(sock).uid == os.geteuid():
                     return sock

@@ -26,6 +26,8 @@ from sllm_mini.checkpoint.hashing import CHUNK_NBYTES
 from sllm_mini.checkpoint.index import partition_file
 from sllm_mini.checkpoint.writer import write_checkpoint
 from sllm_mini.device import cpu
+from sllm_mini.device.cuda_stream import CudaEvent
+from sllm_mini.device.fake import RecordingRuntime
 from sllm_mini.errors import (
     CheckpointError,
     DeviceError,
@@ -38,6 +40,7 @@ from sllm_mini.errors import (
     SllmError,
 )
 from sllm_mini.loading import LoadOptions, load_model, load_tensors, start_load
+from sllm_mini.loading.pipeline import Pipeline
 
 from .test_01_writing_faults import plain_source
 from .tools import large_tensors, nothing_left, put, refused
@@ -127,7 +130,7 @@ def test_a_read_error_at_any_chunk_ends_the_load_and_is_named(checkpoint: Checkp
 def test_a_file_that_ends_early_at_any_chunk_is_named(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     for position in range(len(chunks_of(checkpoint))):
         with monkeypatch.context() as patch:
-            reads = Reads(patch, lambda call, *_, position=position: 0 if call == position else None)  # type: ignore[misc]
+            reads = Reads(patch, lambda call, *_, position=position: 0 if call == position else None)
             with refused(LoadError, checkpoint.path, "ends here") as found:
                 load_tensors(checkpoint, options=READ)
         assert (found[0].path, found[0].offset) == reads.calls[position]  # type: ignore[attr-defined]
@@ -345,6 +348,21 @@ def test_too_few_threads_are_an_error_and_not_a_leak(checkpoint: Checkpoint, mon
         load_tensors(checkpoint, options=READ)
 
 
+@pytest.mark.timeout(30)
+def test_an_error_that_nobody_foresaw_in_a_copy_does_not_stop_the_pipeline_for_ever(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The readers wait for the slots that the copying thread hands back; whatever ends it must end them."""
+    calls = iter(range(1000))
+
+    def wait(_: CudaEvent) -> None:
+        if next(calls) == 2:
+            raise ZeroDivisionError("nobody foresaw this")
+
+    monkeypatch.setattr(CudaEvent, "wait", wait)
+    options = LoadOptions(chunk_nbytes=CHUNK_NBYTES, threads=2, ring_chunks=1, use_cached=False)
+    with nothing_left(), pytest.raises(ZeroDivisionError):
+        load_tensors(checkpoint, RecordingRuntime().device(), options=options)
+
+
 def test_a_load_of_what_is_not_there_is_refused(checkpoint: Checkpoint) -> None:
     for kind, says, use in (
         (LoadError, "'nobody'", lambda: load_tensors(checkpoint, names=["layers.0.w", "nobody"])),
@@ -354,10 +372,10 @@ def test_a_load_of_what_is_not_there_is_refused(checkpoint: Checkpoint) -> None:
         (DeviceError, "''", lambda: load_tensors(checkpoint, "")),
     ):
         with refused(kind, None, says):
-            use()  # type: ignore[no-untyped-call]
+            use()
     for options in ({"chunk_nbytes": 0}, {"chunk_nbytes": -CHUNK_NBYTES}, {"chunk_nbytes": CHUNK_NBYTES + 1}, {"threads": 0}, {"ring_chunks": 0}):
         with pytest.raises(ValueError, match="must be"):
-            LoadOptions(**options)
+            LoadOptions(**options)  # type: ignore[arg-type]
 
 
 # Cancelled and interrupted loads
@@ -366,7 +384,7 @@ def test_a_load_of_what_is_not_there_is_refused(checkpoint: Checkpoint) -> None:
 def test_a_load_can_be_cancelled_at_any_moment(checkpoint: Checkpoint, saved: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     choose = random.Random(2)
     cancelled = finished = 0
-    for _ in range(50):
+    for _ in range(35):
         with monkeypatch.context() as patch, nothing_left():
             after, reached = choose.randrange(12), threading.Event()
 
@@ -388,7 +406,7 @@ def test_a_load_can_be_cancelled_at_any_moment(checkpoint: Checkpoint, saved: di
                 assert str(checkpoint.path) in str(error)
                 cancelled += 1
             del handle
-    assert cancelled > 5 and finished > 0, (cancelled, finished)
+    assert cancelled > 3 and finished > 0, (cancelled, finished)
 
 
 def test_a_cancelled_load_is_told_to_all_who_wait(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,11 +479,18 @@ def test_the_memory_of_a_failed_load_is_given_back(large: Path) -> None:
     assert _anonymous_nbytes() - before < 32 << 20
 
 
-def test_the_memory_of_a_failed_load_is_given_back_while_its_handle_and_error_are_kept(large: Path) -> None:
-    _damage_the_end(large)
+@pytest.mark.parametrize("fault", ["damage", "read error"])
+def test_the_memory_of_a_failed_load_is_given_back_while_its_handle_and_error_are_kept(large: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    def fail(_call: int, _fd: int, nbytes: int, offset: int) -> None:
+        if fault == "read error" and offset + nbytes == (large / "data-00000.bin").stat().st_size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    if fault == "damage":
+        _damage_the_end(large)
+    Reads(monkeypatch, fail)
     before = _anonymous_nbytes()
     handle = start_load(large, options=READ)
-    with pytest.raises(IntegrityError) as caught:
+    with pytest.raises(CheckpointError if fault == "damage" else LoadError) as caught:
         handle.wait()
     assert _anonymous_nbytes() - before < 32 << 20
     assert handle.done and caught.value.path is not None
@@ -486,6 +511,20 @@ def test_the_memory_of_a_load_goes_with_its_last_tensor_without_a_garbage_collec
         assert _anonymous_nbytes() - before < 32 << 20
     finally:
         gc.enable()
+
+
+def test_who_gets_the_error_finds_no_thread_left(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the last thread is slow to go after it has told the error."""
+    real = Pipeline._finish
+
+    def finish_slowly(pipeline: Pipeline, workers: list[threading.Thread]) -> None:
+        real(pipeline, workers)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(Pipeline, "_finish", finish_slowly)
+    _damage_the_end(large)
+    with refused(IntegrityError, large):
+        load_tensors(large, options=READ)
 
 
 def test_nothing_of_a_failed_load_can_be_used_by_accident(large: Path) -> None:
@@ -519,7 +558,7 @@ def test_a_load_that_fails_does_not_touch_another(large: Path, checkpoint: Check
         assert_equal(good.wait(), saved)
 
 
-@pytest.mark.parametrize("rounds", [60, pytest.param(3000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("rounds", [35, pytest.param(1500, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_a_random_fault_ends_in_the_right_bytes_or_a_typed_error(checkpoint: Checkpoint, saved: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
     choose = random.Random(8)
     good = bad = 0

@@ -26,6 +26,8 @@ from sllm_mini.checkpoint.torch_source import torch_source
 from sllm_mini.checkpoint.writer import write_checkpoint
 from sllm_mini.errors import SllmError
 
+BAD_NUMBERS: list[Any] = [-1, -(2**63), 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**400, 0.5, 1.0, 1e300, True, None, "1", [1], {}]
+"""What JSON may put where a size belongs."""
 COMPANIONS: dict[str, bytes | Path] = {"config.json": b'{"model_type": "llama"}\n', "tokenizer.json": b"{}" * 50}
 
 
@@ -113,7 +115,7 @@ def safetensors_bytes(header: bytes | dict[str, Any], data: bytes = b"", *, leng
     return struct.pack("<Q", len(raw) if length is None else length) + raw + data
 
 
-def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> dict[str, Any]:
+def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
 
 
