@@ -70,7 +70,7 @@ def plot_rungs(starts: Mapping[str, Mapping[str, float]], ax: Axes | None = None
             seconds = parts.get(name, 0.0)
             color = _color(name)
             ax.barh(row, seconds, left=left, height=0.62, color=color, edgecolor="white", linewidth=0.8, hatch="//" if name == FIRST_TOKEN else None)
-            if seconds > 0.07 * longest:
+            if seconds > 0.11 * longest:  # narrower, and the figures would run into each other
                 ax.text(left + seconds / 2, row, seconds_text(seconds), ha="center", va="center", fontsize=8.5, color=ink_on(color))
             left += seconds
         ax.text(left + 0.01 * longest, row, seconds_text(left), va="center", fontsize=9, fontweight="bold")

@@ -8,6 +8,7 @@ its synchronous copies, its discarded errors and its whole-model pool. Taught in
 
 from __future__ import annotations
 
+import mmap
 import queue
 import threading
 import time
@@ -30,7 +31,8 @@ from sllm_mini.types import SpanRecorder
 class LoadOptions:
     """How a load is done. `chunk_nbytes`: bytes per read. `threads`: reads in flight. `ring_chunks`: pinned chunks
     per GPU. `direct`: read around the page cache where possible. `use_cached`: take from the page cache what it
-    already holds. `map_cached`: on a CPU, map that instead of copying it."""
+    already holds. `map_cached`: on a CPU, map that instead of copying it; a mapped file must not be truncated in place
+    while its tensors live (this package only ever replaces files whole)."""
 
     chunk_nbytes: int = 16 << 20
     threads: int = 4
@@ -187,7 +189,8 @@ class Pipeline:
         reader = self._readers[chunk.partition]
         view = buffer.view[chunk.device_offset : chunk.device_offset + chunk.nbytes]
         cached = self._options.use_cached and reader.is_cached(chunk.file_offset, chunk.nbytes)
-        mapped = cached and self._options.map_cached
+        # A kernel with pages larger than the format's blocks cannot map every chunk.
+        mapped = cached and self._options.map_cached and not (chunk.file_offset | chunk.device_offset | chunk.nbytes) % mmap.PAGESIZE
         if mapped:
             with self._span("map", chunk):
                 buffer.map_file(chunk.device_offset, reader.fd, chunk.file_offset, chunk.nbytes)
