@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,9 @@ def test_a_ctrl_c_stops_every_thread() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_threads(2, work)
     assert told and all(told)
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)  # its work is over; the thread itself may take a moment to go
     assert threading.active_count() == before
 
 
