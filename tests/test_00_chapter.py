@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 
 from sllm_mini.checkpoint import save_checkpoint, verify_checkpoint
 from sllm_mini.errors import CheckpointExistsError, ResourceError
-from sllm_mini.lab import models, recorded
+from sllm_mini.lab import models, picture, recorded
 from sllm_mini.lab.anatomy import ColdStart
 from sllm_mini.lab.rungs import FIRST_TOKEN, ladder_table, median_rungs, plot_rungs, rung_seconds, rungs_alt_text
 from sllm_mini.types import Span, Warmth
@@ -132,6 +133,24 @@ def test_a_page_says_so_where_no_gpu_run_was_recorded(monkeypatch: pytest.Monkey
     (tmp_path / "h200" / "cold_start.json").write_text("{}")
     monkeypatch.setattr(recorded, "resource", lambda _: tmp_path)
     assert recorded.recorded_note("cold_start.json") == "Recorded on: h200."
+
+
+def test_a_recorded_run_is_drawn_beside_the_readers_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(recorded, "resource", lambda _: tmp_path)
+    assert recorded.beside_recorded(ONE.spans, "cold_start.json") == recorded.recorded_note("cold_start.json")
+    (tmp_path / "some-gpu").mkdir()
+    ONE.save(tmp_path / "some-gpu" / "cold_start.json")
+    drawn = recorded.beside_recorded(ONE.spans, "cold_start.json")
+    assert not isinstance(drawn, str) and drawn.png[:4] == b"\x89PNG"
+    assert "this machine" in drawn.alt_text and "Recorded on some-gpu" in drawn.alt_text
+
+
+def test_the_readme_picture_is_drawn_from_a_measured_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started = replace(ONE, machine={"cores": "2"})
+    monkeypatch.setattr(picture, "measure_cold_start", lambda *_args, **_options: started)
+    monkeypatch.setattr(picture, "tiny_checkpoint", lambda: SimpleNamespace(path=tmp_path))
+    assert picture.main([str(tmp_path / "images" / "p.png")]) == 0
+    assert (tmp_path / "images" / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)

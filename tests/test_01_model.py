@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from sllm_mini.checkpoint import convert_checkpoint, export_safetensors, open_checkpoint, save_checkpoint
-from sllm_mini.errors import IntegrityError, ModelError
+from sllm_mini.errors import CheckpointError, IntegrityError, ModelError
 from sllm_mini.loading import load_model, load_tensors
 from sllm_mini.types import SpanRecorder
 
@@ -179,3 +179,18 @@ def test_building_a_skeleton_leaves_torch_as_it_was(directories: dict[str, Path]
     load_model(tmp_path / "c")
     assert torch.nn.Module.register_parameter is register and torch.get_default_dtype() == dtype
     assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "added_tokens.json", "model.safetensors", "modeling_evil.py"])
+def test_a_file_that_no_hash_covers_is_not_believed(directories: dict[str, Path], tmp_path: Path, name: str) -> None:
+    convert_checkpoint(directories["gpt2"], tmp_path / "c")
+    (tmp_path / "c" / name).write_text("{}")
+    with pytest.raises(IntegrityError, match="not listed") as caught:
+        open_checkpoint(tmp_path / "c")
+    assert name in str(caught.value)
+
+
+def test_a_pickle_is_refused_as_a_file_too(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02" * 100)
+    with pytest.raises(CheckpointError, match="pickles"):
+        convert_checkpoint(tmp_path / "pytorch_model.bin", tmp_path / "c")

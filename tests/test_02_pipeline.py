@@ -19,7 +19,7 @@ from sllm_mini.checkpoint.hashing import CHUNK_NBYTES
 from sllm_mini.device.cuda_stream import CudaEvent
 from sllm_mini.device.fake import RecordingRuntime
 from sllm_mini.errors import DeviceError, IntegrityError, LoadCancelled, LoadError, OutOfMemoryError
-from sllm_mini.loading import LoadOptions, load_tensors, start_load
+from sllm_mini.loading import LoadOptions, load_tensors, pipeline, start_load
 from sllm_mini.loading.pipeline import Pipeline, next_chunk
 from sllm_mini.loading.plan import Chunk, plan_load
 from sllm_mini.loading.reader import PartitionReader
@@ -146,6 +146,17 @@ def test_what_the_page_cache_holds_is_taken_from_it(checkpoint: Checkpoint, save
     for tensor in found.values():
         tensor.zero_()
     assert (checkpoint.path / "data-00000.bin").read_bytes() == before, "a write stays with the process that wrote"
+
+
+def test_a_kernel_with_large_pages_reads_what_it_cannot_map(
+    checkpoint: Checkpoint, saved: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for entry in checkpoint.index.partitions:
+        (checkpoint.path / entry.file).read_bytes()
+    monkeypatch.setattr(pipeline.mmap, "PAGESIZE", 16 << 20)
+    handle = start_load(checkpoint, options=SMALL)
+    assert_equal(handle.wait(), saved)
+    assert handle.report.buffered_nbytes > 0 and handle.report.nbytes == checkpoint.nbytes
 
 
 def test_half_a_file_in_the_cache_is_mapped_and_half_is_read(checkpoint: Checkpoint, saved: dict[str, torch.Tensor]) -> None:
