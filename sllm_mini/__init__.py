@@ -23,6 +23,7 @@ _HOMES = {
     "load_model": "sllm_mini.loading",
     "start_load": "sllm_mini.loading",
     "LoadHandle": "sllm_mini.loading",
+    "ChunkPool": "sllm_mini.loading",
     "LoadOptions": "sllm_mini.loading",
     "Engine": "sllm_mini.inference",
 }

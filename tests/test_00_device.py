@@ -89,9 +89,10 @@ def test_huge_pages_are_advised_only_inside_the_mapping(monkeypatch: pytest.Monk
         assert start % ALIGNMENT == length % ALIGNMENT == 0
         assert nbytes <= length < nbytes + ALIGNMENT
         assert base <= start and start + length <= base + whole
-    HostMemory(ALIGNMENT, huge_pages=False)
     HostMemory(ALIGNMENT - 1)
     assert advised == []
+    HostMemory(ALIGNMENT, huge_pages=False)
+    assert [advice for _, _, advice in advised] == [15], "small pages are asked for where the system's mode is always"
 
 
 def test_huge_pages_are_really_there_where_the_machine_allows():

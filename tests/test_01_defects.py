@@ -225,7 +225,8 @@ def test_defect_10_a_model_need_not_fit_the_pool(tmp_path: Path) -> None:
     runtime = RecordingRuntime()
     found = load_tensors(path, runtime.device(), options=COLD)
     assert open_checkpoint(path).nbytes >= 6 * CHUNK_NBYTES
-    assert 0 < runtime.peak_pinned_nbytes <= 2 * CHUNK_NBYTES
+    digests_nbytes = CHUNK_NBYTES // 8192  # 8 bytes per 64 KiB
+    assert 0 < runtime.peak_pinned_nbytes <= 2 * (CHUNK_NBYTES + digests_nbytes)
     expected = load_tensors(path)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 

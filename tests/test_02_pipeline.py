@@ -7,6 +7,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from sllm_mini.checkpoint.hashing import CHUNK_NBYTES
 from sllm_mini.device.cuda_stream import CudaEvent
 from sllm_mini.device.fake import RecordingRuntime
 from sllm_mini.errors import DeviceError, IntegrityError, LoadCancelled, LoadError, OutOfMemoryError
-from sllm_mini.loading import LoadOptions, load_tensors, pipeline, start_load
+from sllm_mini.loading import LoadOptions, in_place, load_tensors, start_load
+from sllm_mini.loading.load import _by_prefix
 from sllm_mini.loading.pipeline import Pipeline, next_chunk
 from sllm_mini.loading.plan import Chunk, plan_load
 from sllm_mini.loading.reader import PartitionReader
@@ -79,7 +81,7 @@ def subsets(draw: st.DrawFn) -> tuple[list[str], int, int]:
 @given(subset=subsets(), devices=st.sampled_from([{"": 0}, {"": 0, "model.layers": 1}, {"": 1, "model.layers.3": 0, "lm_head": 0}]))
 def test_a_plan_reads_each_needed_byte_once_into_its_own_place(checkpoint: Checkpoint, subset: tuple[list[str], int, int], devices: dict[str, int]) -> None:
     names, chunk_nbytes, granule = subset
-    plan = plan_load(checkpoint.index, devices, names=names, chunk_nbytes=chunk_nbytes, granule=granule)
+    plan = plan_load(checkpoint.index, partial(_by_prefix, devices), devices=max(devices.values()) + 1, names=names, chunk_nbytes=chunk_nbytes, granule=granule)
     for device, nbytes in enumerate(plan.device_nbytes):
         own = sorted((chunk.device_offset, chunk.nbytes) for chunk in plan.chunks if chunk.device == device)
         assert [at for at, _ in own] == [sum(size for _, size in own[:number]) for number in range(len(own))], "no hole, no overlap"
@@ -102,7 +104,7 @@ def test_a_plan_reads_each_needed_byte_once_into_its_own_place(checkpoint: Check
 
 
 def test_a_whole_model_is_read_in_whole_chunks(checkpoint: Checkpoint) -> None:
-    plan = plan_load(checkpoint.index, {"": 0}, names=None, chunk_nbytes=CHUNK_NBYTES, granule=4096)
+    plan = plan_load(checkpoint.index, lambda _: 0, devices=1, names=None, chunk_nbytes=CHUNK_NBYTES, granule=4096)
     assert plan.nbytes == checkpoint.nbytes
     assert [(chunk.partition, chunk.file_offset) for chunk in plan.chunks] == sorted((chunk.partition, chunk.file_offset) for chunk in plan.chunks)
 
@@ -153,7 +155,7 @@ def test_a_kernel_with_large_pages_reads_what_it_cannot_map(
 ) -> None:
     for entry in checkpoint.index.partitions:
         (checkpoint.path / entry.file).read_bytes()
-    monkeypatch.setattr(pipeline.mmap, "PAGESIZE", 16 << 20)
+    monkeypatch.setattr(in_place.mmap, "PAGESIZE", 16 << 20)
     handle = start_load(checkpoint, options=SMALL)
     assert_equal(handle.wait(), saved)
     assert handle.report.buffered_nbytes > 0 and handle.report.nbytes == checkpoint.nbytes
@@ -274,12 +276,12 @@ def test_a_gpu_gets_every_byte_through_a_bounded_ring(checkpoint: Checkpoint, sa
     found = load_tensors(checkpoint, runtime.device(), options=LoadOptions(chunk_nbytes=CHUNK_NBYTES, threads=threads, ring_chunks=3))
     assert_equal(found, saved)
     assert found["lm_head.weight"].data_ptr() == found["model.embed_tokens.weight"].data_ptr()
-    assert runtime.peak_pinned_nbytes <= 3 * CHUNK_NBYTES, "host memory grows by the ring alone"
-    assert runtime.peak_nbytes[0] == checkpoint.nbytes and runtime.pageable_copies == 0
+    digests_nbytes = CHUNK_NBYTES // 8192  # 8 bytes per 64 KiB
+    assert runtime.peak_pinned_nbytes <= 3 * (CHUNK_NBYTES + digests_nbytes), "host memory grows by the ring alone"
+    assert runtime.peak_nbytes[0] == checkpoint.nbytes + 3 * digests_nbytes and runtime.pageable_copies == 0
     assert runtime.live_pinned_nbytes() == 0
-    assert runtime.names().count("memcpyAsync") == -(-checkpoint.index.partitions[0].nbytes // CHUNK_NBYTES) + sum(
-        -(-entry.nbytes // CHUNK_NBYTES) for entry in checkpoint.index.partitions[1:]
-    )
+    chunks = sum(-(-entry.nbytes // CHUNK_NBYTES) for entry in checkpoint.index.partitions)
+    assert runtime.names().count("memcpyAsync") == 2 * chunks, "each chunk once, and its digests back"
     del found
     gc.collect()
     assert runtime.leaks() == {}

@@ -12,7 +12,8 @@ import struct
 
 import xxhash
 
-LEAF_NBYTES = 64 << 10
+from sllm_mini.device.kernels import LEAF_NBYTES
+
 CHUNK_NBYTES = 2 << 20
 DIGEST_HEX = 16
 """Hexadecimal characters of one digest in the index."""
@@ -27,7 +28,12 @@ def leaf_digests(chunk: memoryview) -> list[int]:
 def chunk_digest(chunk: memoryview) -> str:
     """The digest of one chunk as 16 hexadecimal characters."""
     leaves = leaf_digests(chunk)
-    return xxhash.xxh3_64_hexdigest(struct.pack(f"<{len(leaves)}Q", *leaves))
+    return digest_of_leaves(struct.pack(f"<{len(leaves)}Q", *leaves))
+
+
+def digest_of_leaves(leaves: bytes | memoryview) -> str:
+    """The digest of a chunk from those of its leaves, 8 little-endian bytes each."""
+    return xxhash.xxh3_64_hexdigest(leaves)
 
 
 def chunk_digests(data: memoryview, chunk_nbytes: int = CHUNK_NBYTES) -> list[str]:

@@ -22,6 +22,7 @@ _MADV_POPULATE_READ = 22  # Linux 5.14
 _MADV_POPULATE_WRITE = 23
 _MAP_FIXED = 16
 _MADV_HUGEPAGE = 14
+_MADV_NOHUGEPAGE = 15
 _PAGE = mmap.PAGESIZE
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -57,9 +58,10 @@ class HostMemory:
         skip = -start % ALIGNMENT
         self._address = start + skip
         self._view = memoryview(mapping)[skip : skip + nbytes]
-        if huge_pages and nbytes >= ALIGNMENT:
-            # Advice only: a kernel without transparent huge pages refuses and 4 KiB pages serve.
-            _libc.madvise(self._address, huge_nbytes, _MADV_HUGEPAGE)
+        if nbytes >= ALIGNMENT:
+            # Advice only: a kernel without transparent huge pages refuses and 4 KiB pages serve. Where its mode is
+            # "always", memory that should have small pages must say so.
+            _libc.madvise(self._address, huge_nbytes, _MADV_HUGEPAGE if huge_pages else _MADV_NOHUGEPAGE)
         if populate:
             self.populate(0, nbytes)
 

@@ -7,7 +7,7 @@ Taught in chapters 02 and 04.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,8 @@ from sllm_mini.checkpoint.composite import check_composite_kind, restore_composi
 from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.device.base import Buffer
 from sllm_mini.errors import LoadCancelled, LoadError
-from sllm_mini.loading.pipeline import LoadReport, Pipeline
+from sllm_mini.loading.flow import LoadReport
+from sllm_mini.loading.pipeline import Pipeline
 from sllm_mini.loading.plan import Chunk, LoadPlan
 from sllm_mini.types import Progress
 
@@ -30,11 +31,12 @@ class LoadHandle:
     would give bytes raises the error, and no memory of the load is held.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: LoadPlan, tensors: dict[str, torch.Tensor], buffers: list[Buffer]) -> None:
+    def __init__(self, checkpoint: Checkpoint, plan: LoadPlan, buffers: list[Buffer]) -> None:
         self.checkpoint = checkpoint
         self._plan = plan
-        self._tensors: dict[str, torch.Tensor] = tensors
+        self._tensors: dict[str, torch.Tensor] = {}
         self._buffers = buffers
+        self._needs: dict[str, frozenset[int]] = {}
         self._entries = {tensor.name: (tensor, device) for tensor, device in plan.tensors}
         self._missing = {chunk.number for chunk in plan.chunks}
         self._done_nbytes = 0
@@ -75,7 +77,7 @@ class LoadHandle:
         """What the load did so far, and in full once it is done."""
         if self._pipeline is None:
             return LoadReport()
-        return self._pipeline.report
+        return self._pipeline.flow.report
 
     def ready(self, name: str) -> bool:
         """True if all bytes of a tensor, or of every tensor of a layer, are in place. Raises LoadError for a name that
@@ -125,14 +127,22 @@ class LoadHandle:
         if not self.done:
             self.cancel()
 
-    def _needed(self, name: str) -> set[int]:
+    def _needed(self, name: str) -> frozenset[int]:
+        found = self._needs.get(name)
+        if found is None:
+            found = self._needs[name] = frozenset(self._chunks_of(name))
+        return found
+
+    def _chunks_of(self, name: str) -> Iterator[int]:
         if name in self._entries:
-            return set(self._plan.chunks_of(*self._entries[name]))
+            yield from self._plan.chunks_of(*self._entries[name])
+            return
         layers = self.checkpoint.index.layers
-        found = [self._plan.chunks_of(tensor, device) for tensor, device in self._plan.tensors if layers[tensor.layer] == name]
-        if not found:
+        members = [(tensor, device) for tensor, device in self._plan.tensors if layers[tensor.layer] == name]
+        if not members:
             raise LoadError(f"{name!r} is neither a tensor nor a layer of this load", path=self.checkpoint.path)
-        return {number for numbers in found for number in numbers}
+        for tensor, device in members:
+            yield from self._plan.chunks_of(tensor, device)
 
     def _raise_if_failed(self) -> None:
         if self._error is None:
@@ -146,6 +156,12 @@ class LoadHandle:
 
     def _attach(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
+
+    def _give_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The tensors, made while the first bytes are on their way; after a failure they are dropped again."""
+        with self._changed:
+            if not (self._ended and self._error is not None):
+                self._tensors = tensors
 
     def _on_chunk(self, chunk: Chunk) -> None:
         with self._changed:

@@ -7,7 +7,8 @@ Taught in chapter 02.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sllm_mini.checkpoint.directory import Checkpoint, open_checkpoint
@@ -15,11 +16,18 @@ from sllm_mini.checkpoint.hashing import CHUNK_NBYTES
 from sllm_mini.checkpoint.index import BLOCK_NBYTES, Index
 from sllm_mini.device import get_device
 from sllm_mini.device.base import Buffer, Device
+from sllm_mini.device.cpu import HostMemory
 from sllm_mini.errors import LoadError
+from sllm_mini.loading.existing import devices_of, scatter
+from sllm_mini.loading.flow import Flow, LoadOptions
 from sllm_mini.loading.handle import LoadHandle
-from sllm_mini.loading.pipeline import LoadOptions, Pipeline
-from sllm_mini.loading.plan import plan_load
+from sllm_mini.loading.in_place import InPlace
+from sllm_mini.loading.pipeline import Pipeline, Target
+from sllm_mini.loading.plan import Chunk, LoadPlan, plan_load
+from sllm_mini.loading.pool import ChunkPool
+from sllm_mini.loading.reader import PartitionReader
 from sllm_mini.loading.restore import restore_tensors
+from sllm_mini.loading.ring import Piece, Ring
 from sllm_mini.types import SpanRecorder
 
 if TYPE_CHECKING:
@@ -31,46 +39,96 @@ def start_load(
     device: str | Device | Mapping[str, str | Device] = "cpu",
     *,
     names: Collection[str] | None = None,
+    into: Mapping[str, torch.Tensor] | None = None,
     verify: bool = True,
     options: LoadOptions | None = None,
+    pool: ChunkPool | None = None,
     recorder: SpanRecorder | None = None,
 ) -> LoadHandle:
     """Starts loading a checkpoint and returns at once.
 
     `device` is one device or a map from prefixes of tensor names to devices ("" matches all; the longest prefix
-    counts). `names` loads only those tensors and composites. With `verify`, every chunk is hashed as it arrives, and a
-    wrong one fails the load. `recorder` gets a span for each stage of each chunk. Raises what `open_checkpoint`
-    raises, OutOfMemoryError before anything is read if the target is too small, LoadError for an unknown name. Safe
-    from several threads.
+    counts). `names` loads only those tensors and composites. `into` fills tensors that exist already, on whatever
+    devices they are, and nothing else (leave out `device` and `names`); after a failure they hold a mixture of old and
+    new bytes. With `verify`, every chunk is hashed as it arrives, and a wrong one fails the load. `pool` lends the host
+    memory on the way to a GPU (or to existing tensors), so that no load has to pin its own. `recorder` gets a span for
+    each stage of each chunk. Raises what `open_checkpoint` raises, OutOfMemoryError before anything is read if the
+    target is too small, LoadError for an unknown name or an unfit tensor. Safe from several threads.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     options = options or LoadOptions()
-    targets = device if isinstance(device, Mapping) else {"": device}
-    devices, numbers = _number_devices(targets, checkpoint)
-    wanted = None if names is None else _plain_names(checkpoint, names)
+    if pool is not None and pool.chunk_nbytes != options.chunk_nbytes:
+        raise ValueError(f"the pool's chunks have {pool.chunk_nbytes:,} bytes and the load reads {options.chunk_nbytes:,} at a time; make them equal")
+    if into is not None:
+        if names is not None or device != "cpu":
+            raise ValueError("with `into`, the tensors say what is loaded and where; leave out `device` and `names`")
+        devices, numbers = devices_of(checkpoint, into)
+        wanted: Collection[str] | None = numbers
+        device_of = numbers.__getitem__
+    else:
+        devices, prefixes = _number_devices(device if isinstance(device, Mapping) else {"": device}, checkpoint)
+        wanted = None if names is None else _plain_names(checkpoint, names)
+        device_of = partial(_by_prefix, prefixes)
     granule = CHUNK_NBYTES if verify else BLOCK_NBYTES
-    plan = plan_load(checkpoint.index, numbers, names=wanted, chunk_nbytes=options.chunk_nbytes, granule=granule)
+    plan = plan_load(checkpoint.index, device_of, devices=len(devices), names=wanted, chunk_nbytes=options.chunk_nbytes, granule=granule)
     buffers: list[Buffer] = []
-    tensors: dict[str, torch.Tensor] = {}
     try:
-        for target, nbytes in zip(devices, plan.device_nbytes, strict=True):
-            buffers.append(target.allocate(nbytes))
-        for number, buffer in enumerate(buffers):
-            own = ((tensor, plan.place(tensor, number)) for tensor, at in plan.tensors if at == number)
-            tensors.update(restore_tensors(buffer.tensor(), own))
-        order = {tensor.name: tensors[tensor.name] for tensor, _ in plan.tensors}
-        handle = LoadHandle(checkpoint, plan, order, list(buffers))
-        pipeline = Pipeline(
-            checkpoint, plan, devices, buffers, options,
-            verify=verify, recorder=recorder, on_chunk=handle._on_chunk, on_end=handle._on_end,
-        )  # fmt: skip
+        if into is None:
+            for target, nbytes in zip(devices, plan.device_nbytes, strict=True):
+                buffers.append(target.allocate(nbytes))
+        bases = [buffer.tensor() for buffer in buffers]
+        handle = LoadHandle(checkpoint, plan, list(buffers))
+        flow = Flow(checkpoint.index, options, verify=verify, recorder=recorder, on_chunk=handle._on_chunk)
+        pipeline = Pipeline(checkpoint, plan, flow, handle._on_end)
         handle._attach(pipeline)
-        pipeline.start()
+        scattered = None if into is None else scatter(plan, into)
+        pipeline.start(partial(_targets, plan, devices, buffers, scattered, pool))
     except BaseException:
         for buffer in buffers:
             buffer.close()
         raise
+    try:
+        # The first reads are on their way: 10 000 views take as long as 50 MB from a good disk.
+        handle._give_tensors(dict(into) if into is not None else _restore(plan, bases))
+    except BaseException:
+        handle.cancel()
+        raise
     return handle
+
+
+def _restore(plan: LoadPlan, bases: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The views into each device's allocation, in execution order."""
+    tensors: dict[str, torch.Tensor] = {}
+    for number, base in enumerate(bases):
+        tensors.update(restore_tensors(base, ((tensor, plan.place(tensor, number)) for tensor, at in plan.tensors if at == number)))
+    if len(bases) == 1:
+        return tensors
+    return {tensor.name: tensors[tensor.name] for tensor, _ in plan.tensors}
+
+
+def _targets(
+    plan: LoadPlan, devices: Sequence[Device], buffers: Sequence[Buffer], scattered: Mapping[int, Sequence[Piece]] | None,
+    pool: ChunkPool | None, flow: Flow, readers: list[PartitionReader],
+) -> list[Target]:  # fmt: skip
+    targets: list[Target] = []
+    try:
+        for number, device in enumerate(devices):
+            lent = pool if pool is not None and pool.device.is_host == device.is_host else None
+            if scattered is not None:
+                targets.append(Ring(flow, device, lambda chunk: scattered[chunk.number], readers, whole=False, pool=lent))
+            elif isinstance(memory := buffers[number], HostMemory):
+                targets.append(InPlace(flow, memory, (chunk for chunk in plan.chunks if chunk.device == number), readers))
+            else:
+                targets.append(Ring(flow, device, partial(_one_piece, memory), readers, whole=memory.nbytes > 0, pool=lent))
+    except BaseException:
+        for target in targets:
+            target.close()
+        raise
+    return targets
+
+
+def _one_piece(memory: Buffer, chunk: Chunk) -> tuple[Piece]:
+    return (Piece(0, chunk.nbytes, memory, chunk.device_offset),)
 
 
 def load_tensors(
@@ -78,20 +136,22 @@ def load_tensors(
     device: str | Device | Mapping[str, str | Device] = "cpu",
     *,
     names: Collection[str] | None = None,
+    into: Mapping[str, torch.Tensor] | None = None,
     verify: bool = True,
     options: LoadOptions | None = None,
+    pool: ChunkPool | None = None,
     recorder: SpanRecorder | None = None,
 ) -> dict[str, torch.Tensor]:
     """Loads a checkpoint and returns its tensors as a dict, name → tensor, in execution order.
 
-    `device`: "cpu", "cuda", "cuda:1", or a map from prefixes of names to devices. `names`: only these. `verify`: check
-    every chunk's hash as it arrives. `options`: see `LoadOptions`. `recorder`: gets a span for each stage of each chunk.
-    Ties and views share memory as they did when saved. Raises what `start_load` and `LoadHandle.wait` raise. Safe from
+    `device`: "cpu", "cuda", "cuda:1", or a map from prefixes of names to devices. `names`: only these. `into`: fill
+    these tensors instead of making new ones. `verify`: check every chunk's hash as it arrives. `options`, `pool`,
+    `recorder`: see `start_load`. Ties and views share memory as they did when saved. Raises what `start_load` and `LoadHandle.wait` raise. Safe from
     several threads.
 
         tensors = load_tensors("llama.sllm", names=["model.norm.weight"])
     """
-    with start_load(path, device, names=names, verify=verify, options=options, recorder=recorder) as handle:
+    with start_load(path, device, names=names, into=into, verify=verify, options=options, pool=pool, recorder=recorder) as handle:
         return handle.wait()
 
 
@@ -109,6 +169,12 @@ def _number_devices(targets: Mapping[str, str | Device], checkpoint: Checkpoint)
             if not any(tensor.name == prefix or tensor.name.startswith(f"{prefix}.") for prefix in numbers):
                 raise LoadError(f"the device map has no device for tensor {tensor.name!r}; map the prefix '' to one", path=checkpoint.path)
     return [device for _, device in found.values()], numbers
+
+
+def _by_prefix(devices: Mapping[str, int], name: str) -> int:
+    if len(devices) == 1 and "" in devices:
+        return devices[""]
+    return devices[max((prefix for prefix in devices if prefix == "" or name == prefix or name.startswith(f"{prefix}.")), key=len)]
 
 
 def _plain_names(checkpoint: Checkpoint, names: Collection[str]) -> set[str]:

@@ -20,8 +20,8 @@ from sllm_mini.checkpoint.dtypes import ITEM_NBYTES, torch_dtype
 from sllm_mini.device import get_device
 from sllm_mini.device.base import Device
 from sllm_mini.errors import ModelError, SllmError
+from sllm_mini.loading.flow import LoadOptions
 from sllm_mini.loading.load import start_load
-from sllm_mini.loading.pipeline import LoadOptions
 from sllm_mini.types import Span, SpanRecorder, Warmth
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ another in one allocation per device, so a tensor's address is known before its 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 from sllm_mini.checkpoint.index import Index, TensorEntry
 from sllm_mini.checkpoint.layout import align_up
@@ -47,6 +47,8 @@ class LoadPlan:
     chunks: tuple[Chunk, ...]
     tensors: tuple[tuple[TensorEntry, int], ...]
     """(tensor, device) in execution order."""
+    _by_offset: tuple[tuple[Chunk, ...], ...] = field(repr=False)
+    """The chunks of each device in the order of their places there."""
 
     @property
     def nbytes(self) -> int:
@@ -60,12 +62,11 @@ class LoadPlan:
         return run.device_offset + tensor.offset - run.file_offset
 
     def chunks_of(self, tensor: TensorEntry, device: int) -> list[int]:
-        """The numbers of the chunks that hold a tensor's bytes."""
+        """The numbers of the chunks that hold a tensor's bytes, in the order of those bytes."""
         if tensor.nbytes == 0:
             return []
         start = self.place(tensor, device)
-        own = [chunk for chunk in self.chunks if chunk.device == device]
-        own.sort(key=lambda chunk: chunk.device_offset)
+        own = self._by_offset[device]
         low = bisect_right(own, start, key=lambda chunk: chunk.device_offset) - 1
         high = bisect_left(own, start + tensor.nbytes, key=lambda chunk: chunk.device_offset)
         return [chunk.number for chunk in own[low:high]]
@@ -74,18 +75,19 @@ class LoadPlan:
         return bisect_right(self.runs, (device, tensor.partition, tensor.offset), key=lambda run: (run.device, run.partition, run.file_offset)) - 1
 
 
-def plan_load(index: Index, devices: Mapping[str, int], *, names: Collection[str] | None, chunk_nbytes: int, granule: int) -> LoadPlan:
-    """Plans the load of `names` (None: all) of a checkpoint.
+def plan_load(
+    index: Index, device_of: Callable[[str], int], *, devices: int, names: Collection[str] | None, chunk_nbytes: int, granule: int
+) -> LoadPlan:
+    """Plans the load of `names` (None: all) of a checkpoint to the devices 0 to `devices` - 1.
 
-    `devices` maps prefixes of tensor names to device numbers; the longest matching prefix counts and "" matches all.
-    A subset is read in whole granules of `granule` bytes of each file (the hash chunk when hashes are to be checked,
+    `device_of` says where the tensor of a name goes. A subset is read in whole granules of `granule` bytes of each file (the hash chunk when hashes are to be checked,
     else a block). A storage that tensors on two devices share is read to both.
     """
     wanted = None if names is None else set(names)
-    tensors = tuple((tensor, _device_of(tensor.name, devices)) for tensor in index.tensors if wanted is None or tensor.name in wanted)
+    tensors = tuple((tensor, device_of(tensor.name)) for tensor in index.tensors if wanted is None or tensor.name in wanted)
     runs: list[Run] = []
     sizes: list[int] = []
-    for device in range(max(devices.values(), default=0) + 1):
+    for device in range(devices):
         own = [tensor for tensor, target in tensors if target == device]
         offset = 0
         for partition, entry in enumerate(index.partitions):
@@ -96,12 +98,9 @@ def plan_load(index: Index, devices: Mapping[str, int], *, names: Collection[str
                 runs.append(Run(partition, start, end - start, device, offset))
                 offset += end - start
         sizes.append(offset)
-    return LoadPlan(tuple(sizes), tuple(runs), _chunks(runs, tensors, chunk_nbytes), tensors)
-
-
-def _device_of(name: str, devices: Mapping[str, int]) -> int:
-    prefixes = [prefix for prefix in devices if prefix == "" or name == prefix or name.startswith(f"{prefix}.")]
-    return devices[max(prefixes, key=len)]
+    chunks = _chunks(runs, tensors, chunk_nbytes)
+    by_offset = (sorted((chunk for chunk in chunks if chunk.device == device), key=lambda chunk: chunk.device_offset) for device in range(devices))
+    return LoadPlan(tuple(sizes), tuple(runs), chunks, tensors, tuple(tuple(own) for own in by_offset))
 
 
 def _granules(inside: list[tuple[int, int]], limit: int, granule: int) -> list[tuple[int, int]]:

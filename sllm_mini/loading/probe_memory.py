@@ -20,13 +20,11 @@ from sllm_mini.device.cpu import HostMemory, available_nbytes, cpu_count
 from sllm_mini.errors import SllmError
 from sllm_mini.loading.probe_samples import Deadline, Samples, Skipped, reason_of, run_threads, sample_in_rounds
 
-_MADV_NOHUGEPAGE = 15
 _PAGE_NBYTES = 4096
 _MEMORY_SHARE = 8
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def measure_memory_copy(*, nbytes: int = 256 << 20, budget_seconds: float = 2.0, rounds: int = 5) -> Samples:
@@ -63,9 +61,6 @@ def measure_first_touch(*, nbytes: int = 512 << 20, budget_seconds: float = 4.0,
 
 def _touch(nbytes: int, huge_pages: bool) -> float:
     memory = HostMemory(nbytes, huge_pages=huge_pages)
-    if not huge_pages:
-        # Where the kernel's mode is "always", memory that should have small pages must say so.
-        _libc.madvise(memory.address, nbytes, _MADV_NOHUGEPAGE)
     pages = np.frombuffer(memory.view, dtype=np.uint8)[::_PAGE_NBYTES]
     start = time.perf_counter()
     pages[:] = 1

@@ -24,6 +24,7 @@ class PartitionReader:
         self.path: Path = checkpoint.path / checkpoint.index.partitions[number].file
         self.fallback: str | None = None
         """Why reads are buffered although direct ones were asked for; None if they are not."""
+        self._around_cache = direct
         self.fd = checkpoint.open_partition(number)
         self._direct_fd: int | None = None
         if direct:
@@ -42,7 +43,7 @@ class PartitionReader:
     def read(self, view: memoryview, offset: int, *, cached: bool) -> bool:
         """Fills `view` from `offset` and returns whether the read went around the page cache.
 
-        Raises LoadError, naming the file and the byte, for a read error or a file that ends early.
+        Where direct reads were asked for and are refused, what a read puts into the page cache is dropped again. Raises LoadError, naming the file and the byte, for a read error or a file that ends early.
         """
         direct = self._direct_fd is not None and not cached
         at = 0
@@ -59,6 +60,8 @@ class PartitionReader:
             if count == 0:
                 raise LoadError(f"the file ends here; {len(view) - at:,} more bytes were expected", path=self.path, offset=offset + at)
             at += count
+        if self._around_cache and not direct and not cached:
+            os.posix_fadvise(self.fd, offset, len(view), os.POSIX_FADV_DONTNEED)
         return direct
 
     def close(self) -> None:
