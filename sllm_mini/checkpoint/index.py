@@ -117,7 +117,10 @@ def extent_nbytes(shape: Sequence[int], stride: Sequence[int], item_nbytes: int)
     """Bytes from a strided tensor's first element to the end of its last; 0 if it has no elements."""
     if 0 in shape:
         return 0
-    return (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))) * item_nbytes
+    last = 0
+    for size, step in zip(shape, stride, strict=True):
+        last += (size - 1) * step
+    return (last + 1) * item_nbytes
 
 
 def encode_index(index: Index) -> bytes:
@@ -196,32 +199,37 @@ def _tensors_problem(index: Index) -> str | None:
         return "two layers have the same name"
     names: set[str] = set()
     hulls: dict[int, tuple[int, int, int]] = {}  # storage → (partition, start, end)
-    layer = 0
-    for tensor in index.tensors:
-        if tensor.name in names:
-            return f"two tensors are named {tensor.name!r}"
-        names.add(tensor.name)
+    layer, layers = 0, len(index.layers)
+    limits = [partition.nbytes for partition in index.partitions]
+    for tensor in index.tensors:  # a hundred thousand of them may be read before the first byte of a model is
+        name, shape, place, start, nbytes = tensor.name, tensor.shape, tensor.partition, tensor.offset, tensor.nbytes
+        if name in names:
+            return f"two tensors are named {name!r}"
+        names.add(name)
         item = ITEM_NBYTES.get(tensor.dtype)
         if item is None:
-            return f"tensor {tensor.name!r} has the unknown dtype {tensor.dtype[:40]!r}"
-        if len(tensor.shape) != len(tensor.stride):
-            return f"tensor {tensor.name!r} has {len(tensor.shape)} sizes but {len(tensor.stride)} strides"
-        if len(tensor.shape) > MAX_DIMENSIONS or prod(tensor.shape) > MAX_ELEMENTS:
-            return f"tensor {tensor.name!r} has more than {MAX_DIMENSIONS} dimensions or {MAX_ELEMENTS:,} elements"
-        if tensor.nbytes != extent_nbytes(tensor.shape, tensor.stride, item):
-            return f"tensor {tensor.name!r} says {tensor.nbytes:,} bytes, which its shape, stride and dtype do not span"
-        if tensor.partition >= len(index.partitions):
-            return f"tensor {tensor.name!r} lies in partition {tensor.partition}, which does not exist"
-        end = tensor.offset + tensor.nbytes
-        if tensor.offset % item or end > index.partitions[tensor.partition].nbytes:
-            return f"tensor {tensor.name!r} at byte {tensor.offset:,} is misaligned or ends outside its partition"
-        if not layer <= tensor.layer < len(index.layers):
-            return f"tensor {tensor.name!r} breaks the execution order with layer {tensor.layer}"
+            return f"tensor {name!r} has the unknown dtype {tensor.dtype[:40]!r}"
+        if len(shape) != len(tensor.stride):
+            return f"tensor {name!r} has {len(shape)} sizes but {len(tensor.stride)} strides"
+        if len(shape) > MAX_DIMENSIONS or prod(shape) > MAX_ELEMENTS:
+            return f"tensor {name!r} has more than {MAX_DIMENSIONS} dimensions or {MAX_ELEMENTS:,} elements"
+        if nbytes != extent_nbytes(shape, tensor.stride, item):
+            return f"tensor {name!r} says {nbytes:,} bytes, which its shape, stride and dtype do not span"
+        if place >= len(limits):
+            return f"tensor {name!r} lies in partition {place}, which does not exist"
+        end = start + nbytes
+        if start % item or end > limits[place]:
+            return f"tensor {name!r} at byte {start:,} is misaligned or ends outside its partition"
+        if not layer <= tensor.layer < layers:
+            return f"tensor {name!r} breaks the execution order with layer {tensor.layer}"
         layer = tensor.layer
-        place, low, high = hulls.get(tensor.storage, (tensor.partition, tensor.offset, end))
-        if place != tensor.partition:
-            return f"tensor {tensor.name!r} shares a storage with a tensor of another partition"
-        hulls[tensor.storage] = (place, min(low, tensor.offset), max(high, end))
+        hull = hulls.get(tensor.storage)
+        if hull is None:
+            hulls[tensor.storage] = (place, start, end)
+        elif hull[0] != place:
+            return f"tensor {name!r} shares a storage with a tensor of another partition"
+        else:
+            hulls[tensor.storage] = (place, min(hull[1], start), max(hull[2], end))
     last_place, last_end = -1, 0
     for place, low, high in sorted(hull for hull in hulls.values() if hull[1] < hull[2]):
         if place == last_place and low < last_end:

@@ -96,7 +96,7 @@ def _load_chunks(rung: Rung, checkpoint: Checkpoint, device: Device) -> dict[str
             work = [threads.submit(_read_and_copy, device, target, pending, readers, rung.pinned) for _ in range(rung.threads)]
         for done in work:
             done.result()
-    return restore_tensors(target.tensor(), ((entry, plan.place(entry, 0)) for entry, _ in plan.tensors))
+    return restore_tensors(target.tensor(), plan.places(0))
 
 
 def _read_in_place(target: HostMemory, pending: Iterator[Chunk], readers: list[PartitionReader]) -> None:

@@ -68,7 +68,7 @@ def start_load(
     else:
         devices, prefixes = _number_devices(device if isinstance(device, Mapping) else {"": device}, checkpoint)
         wanted = None if names is None else _plain_names(checkpoint, names)
-        device_of = partial(_by_prefix, prefixes)
+        device_of = partial(_by_prefix, prefixes) if len(prefixes) > 1 else lambda _: 0
     granule = CHUNK_NBYTES if verify else BLOCK_NBYTES
     plan = plan_load(checkpoint.index, device_of, devices=len(devices), names=wanted, chunk_nbytes=options.chunk_nbytes, granule=granule)
     buffers: list[Buffer] = []
@@ -98,11 +98,11 @@ def start_load(
 
 def _restore(plan: LoadPlan, bases: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """The views into each device's allocation, in execution order."""
+    if len(bases) == 1:
+        return restore_tensors(bases[0], plan.places(0))
     tensors: dict[str, torch.Tensor] = {}
     for number, base in enumerate(bases):
-        tensors.update(restore_tensors(base, ((tensor, plan.place(tensor, number)) for tensor, at in plan.tensors if at == number)))
-    if len(bases) == 1:
-        return tensors
+        tensors |= restore_tensors(base, plan.places(number))
     return {tensor.name: tensors[tensor.name] for tensor, _ in plan.tensors}
 
 
@@ -172,8 +172,6 @@ def _number_devices(targets: Mapping[str, str | Device], checkpoint: Checkpoint)
 
 
 def _by_prefix(devices: Mapping[str, int], name: str) -> int:
-    if len(devices) == 1 and "" in devices:
-        return devices[""]
     return devices[max((prefix for prefix in devices if prefix == "" or name == prefix or name.startswith(f"{prefix}.")), key=len)]
 
 

@@ -7,7 +7,7 @@ another in one allocation per device, so a tensor's address is known before its 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from sllm_mini.checkpoint.index import Index, TensorEntry
@@ -60,6 +60,17 @@ class LoadPlan:
             return 0
         run = self.runs[self._run(tensor, device)]
         return run.device_offset + tensor.offset - run.file_offset
+
+    def places(self, device: int) -> Iterator[tuple[TensorEntry, int]]:
+        """Each tensor of a device, in execution order, and `place` of it."""
+        runs = [run for run in self.runs if run.device == device]
+        if len({run.partition for run in runs}) < len(runs):  # a subset: several runs of one partition
+            yield from ((tensor, self.place(tensor, device)) for tensor, at in self.tensors if at == device)
+            return
+        shifts = {run.partition: run.device_offset - run.file_offset for run in runs}
+        for tensor, at in self.tensors:
+            if at == device:
+                yield tensor, tensor.offset + shifts[tensor.partition] if tensor.nbytes else 0
 
     def chunks_of(self, tensor: TensorEntry, device: int) -> list[int]:
         """The numbers of the chunks that hold a tensor's bytes, in the order of those bytes."""

@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 
 def restore_tensors(base: torch.Tensor, places: Iterable[tuple[TensorEntry, int]]) -> dict[str, torch.Tensor]:
     """Views into `base`, a 1-D uint8 tensor, for `(entry, byte offset in base)`; they keep the base alive."""
-    typed: dict[str, torch.Tensor] = {}
+    typed: dict[str, tuple[torch.Tensor, int]] = {}
     tensors: dict[str, torch.Tensor] = {}
     whole = base[: base.numel() // 16 * 16]  # so that every item size divides it
     with _without_gc():
         for entry, offset in places:
-            view = typed.get(entry.dtype)
-            if view is None:
-                view = typed[entry.dtype] = whole.view(torch_dtype(entry.dtype))
-            tensors[entry.name] = view.as_strided(entry.shape, entry.stride, offset // view.element_size())
+            found = typed.get(entry.dtype)
+            if found is None:
+                view = whole.view(torch_dtype(entry.dtype))
+                found = typed[entry.dtype] = (view, view.element_size())
+            tensors[entry.name] = found[0].as_strided(entry.shape, entry.stride, offset // found[1])
     return tensors
 
 
