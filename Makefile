@@ -6,6 +6,11 @@ CUDA ?= auto
 LAB_FLAGS ?=
 TEST_FLAGS ?=
 CHAPTER_FLAGS ?=
+BENCH_FLAGS ?=
+STAGES ?=
+BUDGET ?= 480
+OUT ?= out/gpu-report
+REPORT_FLAGS ?=
 
 BIN := .venv/bin
 SETUP := .venv/.setup-done
@@ -13,12 +18,13 @@ CHAPTERS := $(sort $(wildcard chapters/[0-9][0-9]_*.ipynb))
 FIRST := $(firstword $(wildcard chapters/00_*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test lint chapters browser picture
+.PHONY: help setup lab test lint chapters browser picture peers bench gpu-report
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  Variables: PYTHON=python3.12, CUDA=auto|12|13|none, PIP_FLAGS, LAB_FLAGS, TEST_FLAGS, CHAPTER_FLAGS"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  Variables: PYTHON=python3.12, CUDA=auto|12|13|none, PIP_FLAGS, LAB_FLAGS, TEST_FLAGS, CHAPTER_FLAGS, BENCH_FLAGS"
+	@echo "  and of gpu-report: STAGES, BUDGET (seconds), OUT, REPORT_FLAGS=--rehearse|--list|--again"
 
 setup: $(SETUP) ## make the environment .venv from requirements.lock
 
@@ -74,3 +80,15 @@ browser: $(SETUP) ## drive JupyterLab in chromium, as a reader would
 
 picture: $(SETUP) ## measure a cold start and draw the README's picture
 	$(BIN)/python -m sllm_mini.lab.picture chapters/images/anatomy.png
+
+# With the Python that is named, as it is: no .venv, no network. Code 3 says that the budget ended first: the same command goes on.
+gpu-report: ## record everything on a machine with a CUDA GPU, by PYTHON, into OUT
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sllm_mini needs Python 3.11 or newer; name one with: make gpu-report PYTHON=python3.12" >&2; exit 1; }
+	@set -f; PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m sllm_mini.lab.report $(STAGES) --budget $(BUDGET) --out "$(OUT)" $(REPORT_FLAGS)
+
+# Without their dependencies: every package that requirements.lock pins stays as it is.
+peers: $(SETUP) ## install the loaders of other projects, to compare with
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-peers.lock
+
+bench: $(SETUP) ## measure every loader (BENCH_FLAGS="small --rounds 3"; make peers first)
+	$(BIN)/sllm-mini bench load $(BENCH_FLAGS)

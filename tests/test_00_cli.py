@@ -27,7 +27,7 @@ from sllm_mini.lab.anatomy import ColdStart
 from sllm_mini.loading import probe
 from sllm_mini.types import Span, Warmth
 
-COMMANDS = ("tour", "doctor", "make-model", "convert", "export", "inspect", "verify", "load", "generate")
+COMMANDS = ("tour", "doctor", "make-model", "convert", "export", "inspect", "verify", "load", "generate", "bench")
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def test_without_arguments_it_helps(run: Run) -> None:
     assert "..." not in bare.out.partition("Commands:")[2], "a one-line help is too long for 80 columns"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*(command for command in COMMANDS if command != "bench"), "bench load"])
 def test_every_command_explains_itself(command: str) -> None:
-    shown = CliRunner().invoke(main.app, [command, "-h"], env={"COLUMNS": "80"})
+    shown = CliRunner().invoke(main.app, [*command.split(), "-h"], env={"COLUMNS": "80"})
     assert shown.exit_code == 0 and f"Usage: root {command}" in shown.output.replace("sllm-mini", "root")
     options = shown.output.partition("Options:")[2]
     assert "--json" in options and "-h, --help" in options

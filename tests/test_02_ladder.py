@@ -18,9 +18,11 @@ from sllm_mini.device.cpu import HostMemory
 from sllm_mini.device.fake import RecordingRuntime
 from sllm_mini.errors import IntegrityError, LoadError, OutOfMemoryError
 from sllm_mini.loading import ChunkPool, LoadOptions, ladder, load, load_tensors, start_load
+from sllm_mini.loading.in_place import InPlace
 from sllm_mini.loading.ladder import LADDER, Rung
 from sllm_mini.loading.reader import PartitionReader
 from sllm_mini.loading.residency import cached_nbytes, drop_cached
+from sllm_mini.types import SpanRecorder
 
 SMALL = LoadOptions(chunk_nbytes=CHUNK_NBYTES, threads=3, ring_chunks=2)
 RUNGS = pytest.mark.parametrize("rung", LADDER, ids=lambda rung: rung.name.replace(" ", "-"))
@@ -258,6 +260,16 @@ def test_a_pool_gets_its_chunks_back_from_a_load_that_fails(checkpoint: Checkpoi
     assert runtime.leaks() == {}
 
 
+def test_a_pool_that_is_closed_keeps_nothing_that_comes_back() -> None:
+    runtime = RecordingRuntime()
+    pool = ChunkPool(runtime.device(), chunk_nbytes=CHUNK_NBYTES, chunks=2)
+    lent = pool.take()
+    pool.close()
+    assert runtime.live_pinned_nbytes() == CHUNK_NBYTES
+    pool.give(lent)
+    assert runtime.live_pinned_nbytes() == pool.nbytes == 0
+
+
 def test_a_pool_that_fits_no_load_says_so(checkpoint: Checkpoint) -> None:
     device = get_device("cpu")
     for bad in ({"chunk_nbytes": 1}, {"chunks": 0}):
@@ -272,9 +284,11 @@ def test_a_pool_that_fits_no_load_says_so(checkpoint: Checkpoint) -> None:
 
 def test_a_gpu_hashes_what_arrived_there(checkpoint: Checkpoint, saved: dict[str, torch.Tensor]) -> None:
     runtime = RecordingRuntime(queries_before_done=2)
-    handle = start_load(checkpoint, runtime.device(), options=SMALL)
+    recorder = SpanRecorder()
+    handle = start_load(checkpoint, runtime.device(), options=SMALL, recorder=recorder)
     assert_equal(handle.wait(), saved)
     assert handle.report.device_hashed_nbytes == checkpoint.nbytes and handle.report.fallback is None
+    assert {span.name for span in recorder.spans} == {"read", "copy"}, "the processor hashes nothing"
 
 
 def test_a_byte_that_goes_wrong_on_the_way_to_the_gpu_is_found(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,6 +381,32 @@ def test_a_failure_while_views_are_made_ends_the_load(checkpoint: Checkpoint, mo
     monkeypatch.setattr(load, "restore_tensors", restore)
     with pytest.raises(RuntimeError, match="no view"):
         load_tensors(checkpoint, options=SMALL)
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_pages_are_backed_once_and_never_under_a_mapping(checkpoint: Checkpoint, saved: dict[str, torch.Tensor], cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the readers are always faster; backing what is mapped already would copy it."""
+    if cold:
+        cached(checkpoint, drop=True)
+    else:
+        for entry in checkpoint.index.partitions:
+            (checkpoint.path / entry.file).read_bytes()
+    backed = [0]
+    real_ahead, real_populate = InPlace._back_ahead, HostMemory.populate
+
+    def ahead(self: InPlace) -> None:
+        with self._flow.changed:
+            assert self._flow.changed.wait_for(lambda: len(self._states) == len(self._chunks), 20)
+        real_ahead(self)
+
+    def populate(self: HostMemory, offset: int, nbytes: int) -> None:
+        backed[0] += nbytes
+        real_populate(self, offset, nbytes)
+
+    monkeypatch.setattr(InPlace, "_back_ahead", ahead)
+    monkeypatch.setattr(HostMemory, "populate", populate)
+    assert_equal(load_tensors(checkpoint, options=SMALL), saved)
+    assert backed[0] == (checkpoint.nbytes if cold else 0)
 
 
 def test_pages_are_backed_ahead_of_the_reads(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

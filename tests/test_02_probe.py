@@ -180,7 +180,7 @@ def test_a_probe_reads_every_byte_once(
 
     monkeypatch.setattr(os, "preadv", recorded)
     with open(tmp_path / "file", "rb") as file:
-        assert probe_disk._read(file.fileno(), nbytes, MIB, threads) > 0
+        assert probe_disk.seconds_to_read(file.fileno(), nbytes, MIB, threads) > 0
     reached = 0
     for offset, got in sorted(read):
         assert offset == reached
@@ -191,7 +191,7 @@ def test_a_probe_reads_every_byte_once(
 def test_a_file_that_shrinks_under_a_read_is_an_error_and_no_endless_loop(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(100))
     with open(tmp_path / "file", "rb") as file, pytest.raises(OSError, match="ended at byte 100"):
-        probe_disk._read(file.fileno(), 4096, 4096, 1)
+        probe_disk.seconds_to_read(file.fileno(), 4096, 4096, 1)
 
 
 def test_a_file_system_without_direct_reads_is_measured_without_them(

@@ -95,25 +95,15 @@ def _gpu_facts(gpu: CudaDevice) -> dict[str, Any]:
 
 
 def _document(machine: Machine, gpu: dict[str, Any] | None, gpu_reason: str, limits: Limits) -> dict[str, Any]:
+    from sllm_mini.lab.bench.document import measurement_row
+
     skipped = [asdict(entry) for entry in limits.skipped]
     if gpu is None:
         skipped.append({"name": "host_to_device_copy", "reason": gpu_reason})
     return {
         "machine": asdict(machine) | {"gpu": gpu},
         "limits": {f"{name}_bytes_per_second": rate for name, rate in limits.bytes_per_second().items()},
-        "results": [
-            {
-                "name": m.name,
-                "setting": m.setting,
-                "nbytes": m.nbytes,
-                "samples_seconds": list(m.samples_seconds),
-                "seconds_median": m.seconds_median,
-                "seconds_min": m.seconds_min,
-                "seconds_max": m.seconds_max,
-                "bytes_per_second_median": m.bytes_per_second,
-            }
-            for m in limits.measurements
-        ],
+        "results": [measurement_row(m) for m in limits.measurements],
         "skipped": skipped,
     }
 

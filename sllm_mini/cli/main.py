@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from sllm_mini import __version__
-from sllm_mini.cli import checkpoints, inspection, machine, models, terminal, tour
+from sllm_mini.cli import bench, checkpoints, inspection, machine, models, terminal, tour
 from sllm_mini.errors import SllmError
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141
@@ -92,6 +92,7 @@ app.command("inspect")(inspection.inspect)
 app.command("verify")(checkpoints.verify)
 app.command("load")(models.load)
 app.command("generate")(models.generate)
+app.add_typer(bench.app, name="bench")
 
 
 def main(args: Sequence[str] | None = None) -> None:

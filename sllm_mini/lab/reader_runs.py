@@ -17,27 +17,25 @@ from typing import TYPE_CHECKING
 
 from sllm_mini.device.kernels import host_sum64
 from sllm_mini.errors import LoadError
+from sllm_mini.lab.bench.conditions import make_cold, make_warm, resident_nbytes
 from sllm_mini.lab.counters import Counters, counted
 from sllm_mini.lab.formats import Format
 from sllm_mini.lab.readers import READERS, Reader, read_direct
-from sllm_mini.loading.residency import cached_nbytes, drop_cached
 
 if TYPE_CHECKING:
     import torch
 
 _PRELOADED = ["torch", "numpy", "safetensors.torch", "sllm_mini.lab.reader_runs"]
-_STEP = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class ReaderRun:
-    """One run. `nbytes` are the model's, `cached_share` what the page cache held of its files before, None where the
-    system does not say; `load` ends when every tensor exists, `use` is a sum over every byte, `checksum` that sum."""
+    """One run. `nbytes` are the model's, `cached_share` what the page cache held of its files before; `load` ends when every tensor exists, `use` is a sum over every byte, `checksum` that sum."""
 
     reader: Reader
     warm: bool
     nbytes: int
-    cached_share: float | None
+    cached_share: float
     load: Counters
     use: Counters
     checksum: int
@@ -92,15 +90,12 @@ def median_runs(runs: Iterable[ReaderRun], *, warm: bool) -> list[ReaderRun]:
 
 
 def sum_of(tensors: Mapping[str, torch.Tensor]) -> int:
-    """The 64-bit sum over every byte of every distinct tensor, whatever their order and place; ~10 GB/s a core."""
+    """The 64-bit sum over every byte of every distinct tensor, whatever their order and place; ~10 GB/s."""
     import torch
 
-    total, seen = 0, set()
-    for tensor in tensors.values():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            total += host_sum64(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return total % (1 << 64)
+    # By numpy, on this thread: the first sum by torch starts its threads, and what those read would be counted too.
+    distinct = {tensor.data_ptr(): tensor for tensor in tensors.values()}.values()
+    return sum(host_sum64(tensor.reshape(-1).view(torch.uint8).numpy().data) for tensor in distinct) % (1 << 64)
 
 
 def _takes_direct(folder: Path) -> bool:
@@ -120,19 +115,9 @@ def _measure(reader: Reader, path: str, nbytes: int, warm: bool) -> ReaderRun:
     return ReaderRun(reader, warm, nbytes, share, load, use, checksum)
 
 
-def _prepare(path: Path, warm: bool) -> float | None:
+def _prepare(path: Path, warm: bool) -> float:
     """Fills the page cache with the files of a format, or empties it of them; the share that it then holds."""
-    held = total = 0
-    for file in [path] if path.is_file() else sorted(path.glob("data-*.bin")):
-        with file.open("rb", buffering=0) as opened:
-            size = os.fstat(opened.fileno()).st_size
-            if not warm:
-                drop_cached(opened.fileno())
-            elif cached_nbytes(opened.fileno(), 0, size) != size:
-                while opened.read(_STEP):
-                    pass
-            found = cached_nbytes(opened.fileno(), 0, size)
-            if found is None:
-                return None
-            held, total = held + found, total + size
+    files = [path] if path.is_file() else sorted(path.glob("data-*.bin"))
+    (make_warm if warm else make_cold)(files)
+    held, total = resident_nbytes(files)
     return held / total

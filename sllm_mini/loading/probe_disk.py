@@ -141,7 +141,7 @@ def _write(buffered_fd: int, direct_fd: int, nbytes: int, deadline: Deadline) ->
 def _direct_reads(file: _ProbeFile, deadline: Deadline, rounds: int) -> Samples:
     chunk, threads = SWEEP[-1]
     try:
-        first = _read(file.direct_fd, min(file.nbytes, chunk * threads), chunk, threads)
+        first = seconds_to_read(file.direct_fd, min(file.nbytes, chunk * threads), chunk, threads)
     except (OSError, SllmError) as error:
         return Samples(skipped=(Skipped("disk_direct_read", reason_of(error)),))
     rate = min(file.nbytes, chunk * threads) / max(first, 1e-9)
@@ -150,7 +150,7 @@ def _direct_reads(file: _ProbeFile, deadline: Deadline, rounds: int) -> Samples:
     nbytes = min(file.nbytes, max(affordable, 4 * _WRITE_NBYTES))
     settings = {
         f"{chunk // MIB} MiB × {threads} thread{'s' * (threads > 1)}": partial(
-            _read, file.direct_fd, nbytes, chunk, threads
+            seconds_to_read, file.direct_fd, nbytes, chunk, threads
         )
         for chunk, threads in SWEEP
     }
@@ -162,14 +162,14 @@ def _buffered_reads(file: _ProbeFile, deadline: Deadline, rounds: int) -> Sample
 
     def uncached() -> float:
         os.posix_fadvise(file.buffered_fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        return _read(file.buffered_fd, nbytes, 16 * MIB, 1)
+        return seconds_to_read(file.buffered_fd, nbytes, 16 * MIB, 1)
 
     return sample_in_rounds(
         "disk_buffered_read", nbytes, {"1 thread, not cached": uncached}, rounds=rounds, deadline=deadline
     )
 
 
-def _read(fd: int, nbytes: int, chunk_nbytes: int, threads: int) -> float:
+def seconds_to_read(fd: int, nbytes: int, chunk_nbytes: int, threads: int) -> float:
     """Seconds to read the first `nbytes` in chunks that threads claim in order, each into huge pages of its own."""
     buffer = HostMemory(chunk_nbytes * threads, populate=True)
     claims = count()

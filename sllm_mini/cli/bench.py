@@ -1,0 +1,144 @@
+"""`sllm-mini bench load`: every loader in one interleaved run, beside the limits of this machine."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.text import Text
+
+from sllm_mini.cli import terminal
+from sllm_mini.cli.terminal import DeviceOption, JsonOption
+from sllm_mini.lab.units import nbytes_text, rate_text, seconds_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(help="Measure loaders against each other and this machine.", no_args_is_help=True)
+
+_LIMITS = {
+    "disk_direct_read_bytes_per_second": "disk, direct read",
+    "mapped_file_bytes_per_second": "a mapped file",
+    "memory_copy_bytes_per_second": "memory copy",
+    "host_to_device_copy_bytes_per_second": "copy to the GPU",
+}
+_STATES = {"cold": "Cold: every byte comes from the disk", "warm": "Warm: the page cache holds the files"}
+_LIMIT_WORDS = {"disk_direct_read": "the disk", "mapped_file": "a mapped file", "host_to_device_copy": "the copy to the GPU"}
+
+
+class _State(StrEnum):
+    COLD = "cold"
+    WARM = "warm"
+
+
+@app.callback()
+def _bench() -> None:
+    """Measure loaders against each other and this machine."""
+
+
+@app.command("load")
+def load(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help='A Hugging Face directory, a published shape, or "small" (10,000 small tensors); default: the largest shape that fits.'
+        ),
+    ] = None,
+    device: DeviceOption = "cpu",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, max=1000, metavar="N", help="How often each loader is measured.")] = 5,
+    state: Annotated[
+        list[_State] | None, typer.Option("--state", help="Only this state of the page cache; may be given twice.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="Only loaders whose name begins so, and our own; repeatable.")] = None,
+    no_peers: Annotated[bool, typer.Option("--no-peers", help="Leave out other packages.")] = False,
+    no_ladder: Annotated[bool, typer.Option("--no-ladder", help="Leave out the rungs below our loader.")] = False,
+    memory: Annotated[
+        Literal["backed", "fresh"],
+        typer.Option("--memory", help="Memory that the host of a virtual machine has backed just before each load, or as it comes."),
+    ] = "backed",
+    folder: Annotated[
+        Path | None, typer.Option("--dir", metavar="FOLDER", help="Where files are prepared: the disk that is measured.", file_okay=False)
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the prepared files for the next run.")] = False,
+    json: JsonOption = False,
+    save: Annotated[Path | None, typer.Option("--save", metavar="FILE", help="Write the JSON document there too.", dir_okay=False)] = None,
+    picture: Annotated[Path | None, typer.Option("--picture", metavar="FILE", help="Draw bytes per second against the limits (PNG).", dir_okay=False)] = None,
+) -> None:
+    """Load one model with every loader there is, cold and warm, and say how each compares.
+
+    A sample is a load and a sum over every byte, timed together. Loaders take turns in shuffled rounds, so that a noisy minute hurts all of them.
+    """
+    from sllm_mini.lab.bench import Options, described_roofline, entries, measure_load, save_document
+
+    for target in (save, picture):
+        _check_writable(target)
+    options = Options(rounds=rounds, states=_states(state), memory=memory, device=_checked(device))
+    chosen = entries(options.device, ladder=not no_ladder, with_peers=not no_peers, only=only or ())
+    with terminal.stage_progress() as stage:
+        document = measure_load(model, options=options, loaders=chosen, folder=folder, keep=keep, on_stage=stage)
+    if save is not None:
+        save_document(document, save)
+    if picture is not None:
+        described_roofline(document).save(picture)
+    if json:
+        terminal.emit_json(document)
+    else:
+        _print(document)
+
+
+def _states(asked: list[_State] | None) -> tuple[Literal["cold", "warm"], ...]:
+    wanted = set(asked or _State)
+    return tuple(one.value for one in _State if one in wanted)
+
+
+def _checked(device: str) -> str:
+    """The device's own name. Raises DeviceError for one that is not there, before anything is prepared."""
+    from sllm_mini.device import get_device
+
+    return get_device(device).name
+
+
+def _check_writable(target: Path | None) -> None:
+    if target is not None and not target.absolute().parent.is_dir():
+        raise FileNotFoundError(2, "there is no such folder; make it first", str(target.parent))
+
+
+def _print(document: dict[str, Any]) -> None:
+    console = terminal.stdout_console()
+    model, method = document["model"], document["method"]
+    words = f"{model['name']}: {terminal.count(model['tensor_count'], 'tensor')}, {nbytes_text(model['nbytes'])} ({model['weights']})"
+    console.print(f"{words}, to {method['device']}, {terminal.count(method['rounds'], 'round')}, memory {method['memory']}")
+    found = {name: rate_text(document["limits"][key]) for key, name in _LIMITS.items() if key in document["limits"]}
+    if "resident_use_seconds_median" in document["limits"]:
+        found["using every byte"] = f"{seconds_text(document['limits']['resident_use_seconds_median'])}, part of every sample"
+    console.print()
+    console.print(terminal.facts(found))
+    for state in method["states"]:
+        rows = [row for row in document["results"] if row["state"] == state]
+        if rows:
+            console.print()
+            console.print(_table(rows, state, document["reference"]))
+    if document["skipped"]:
+        console.print()
+    for skipped in document["skipped"]:
+        console.print(f"skipped: {skipped['name']}: {skipped['reason']}", style="yellow")
+
+
+def _table(rows: list[dict[str, Any]], state: str, reference: str) -> Table:
+    from sllm_mini.lab.bench.picture import ratio_text
+
+    limit = next((row["limit"] for row in rows if row["limit"]), None)
+    share = f"share of {_LIMIT_WORDS[limit]}" if limit else "share of the limit"
+    numbers = ("seconds", "min – max", share, "against ours (min – max)")
+    made = terminal.table("loader", *numbers, numbers=numbers, title=f"{_STATES[state]} (ours is {reference})")
+    for row in sorted(rows, key=lambda row: row["seconds_median"]):
+        made.add_row(
+            Text(row["name"], style="bold green" if row["kind"] == "ours" else "dim" if row["kind"] == "limit" else ""),
+            seconds_text(row["seconds_median"]),
+            f"{seconds_text(row['seconds_min'])} – {seconds_text(row['seconds_max'])}",
+            "" if row["ratio_to_limit"] is None else f"{row['ratio_to_limit']:.2f}",
+            ratio_text(row),
+        )
+    return made
