@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,8 +64,11 @@ def cached(checkpoint: Checkpoint, *, drop: bool = False) -> int:
     for number, entry in enumerate(checkpoint.index.partitions):
         fd = checkpoint.open_partition(number)
         try:
-            if drop:
+            for _ in range(100 if drop else 0):  # a page that is being read or written just now stays
                 drop_cached(fd)
+                if cached_nbytes(fd, 0, entry.file_nbytes) == 0:
+                    break
+                time.sleep(0.02)
             total += cached_nbytes(fd, 0, entry.file_nbytes) or 0
         finally:
             os.close(fd)
@@ -351,7 +357,7 @@ def test_a_fallback_to_the_page_cache_leaves_nothing_in_it(checkpoint: Checkpoin
     handle = start_load(checkpoint, options=SMALL)
     assert_equal(handle.wait(), saved)
     assert handle.report.buffered_nbytes == checkpoint.nbytes
-    assert cached(checkpoint) < checkpoint.nbytes // 4, "what was not cached before is dropped again"
+    assert cached(checkpoint) < checkpoint.nbytes // 8, "what was not cached before is dropped again"
 
 
 # Order
@@ -429,3 +435,34 @@ def test_pages_are_backed_ahead_of_the_reads(checkpoint: Checkpoint, monkeypatch
     monkeypatch.setattr(PartitionReader, "read", read)
     load_tensors(checkpoint, options=LoadOptions(chunk_nbytes=CHUNK_NBYTES, threads=1))
     assert backed[0] == checkpoint.nbytes, "each page once"
+
+
+# Memory
+
+_GROWTH = """
+import sys
+import torch
+from sllm_mini.checkpoint import save_checkpoint
+from sllm_mini.lab.counters import counted
+from sllm_mini.loading import LoadOptions, load_tensors
+
+path, cached, into = sys.argv[1], sys.argv[2] == "cached", sys.argv[3] == "into"
+save_checkpoint({f"model.layers.{n}.w": torch.ones(4 << 20) for n in range(8)}, path)
+save_checkpoint({"w": torch.ones(4)}, path + "-small")
+load_tensors(path + "-small")  # threads, imports
+existing = {f"model.layers.{n}.w": torch.zeros(4 << 20) for n in range(8)} if into else None
+with counted() as work:
+    load_tensors(path, into=existing, options=LoadOptions(chunk_nbytes=4 << 20, ring_chunks=4, use_cached=cached))
+print(work.peak_nbytes)
+"""
+
+
+@pytest.mark.parametrize(("cached", "into", "beside_nbytes"), [("read", "new", 0), ("cached", "new", 0), ("read", "into", 16 << 20)])
+def test_memory_grows_by_the_model_alone(tmp_path: Path, cached: str, into: str, beside_nbytes: int) -> None:
+    """128 MB of tensors: read, mapped from the page cache, and through a ring of 16 MB into tensors that exist."""
+    command = [sys.executable, "-c", _GROWTH, str(tmp_path / "c"), cached, into]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    if said.strip() == "None":
+        pytest.skip("this kernel does not say how much memory a process held at most")
+    model = 0 if into == "into" else 8 * (16 << 20)
+    assert model * 0.9 <= int(said) <= model + beside_nbytes + (10 << 20)

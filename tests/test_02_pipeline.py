@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import gc
 import itertools
 import os
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +23,7 @@ from sllm_mini.checkpoint.hashing import CHUNK_NBYTES
 from sllm_mini.device.cuda_stream import CudaEvent
 from sllm_mini.device.fake import RecordingRuntime
 from sllm_mini.errors import DeviceError, IntegrityError, LoadCancelled, LoadError, OutOfMemoryError
-from sllm_mini.loading import LoadOptions, in_place, load_tensors, start_load
+from sllm_mini.loading import LoadOptions, in_place, load_tensors, residency, start_load
 from sllm_mini.loading.load import _by_prefix
 from sllm_mini.loading.pipeline import Pipeline, next_chunk
 from sllm_mini.loading.plan import Chunk, plan_load
@@ -58,7 +61,11 @@ def evict(checkpoint: Checkpoint) -> None:
     for number in range(len(checkpoint.index.partitions)):
         fd = checkpoint.open_partition(number)
         os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        for _ in range(100):  # a page that is being read or written just now stays
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if cached_nbytes(fd, 0, checkpoint.index.partitions[number].file_nbytes) == 0:
+                break
+            time.sleep(0.02)
         os.close(fd)
 
 
@@ -384,3 +391,40 @@ def test_options_say_what_is_wrong() -> None:
     for bad in ({"chunk_nbytes": 5}, {"chunk_nbytes": 0}, {"threads": 0}, {"ring_chunks": 0}):
         with pytest.raises(ValueError, match="must be"):
             LoadOptions(**bad)
+
+
+# What the page cache holds
+
+
+def test_both_ways_to_ask_the_page_cache_agree(checkpoint: Checkpoint) -> None:
+    fd = checkpoint.open_partition(0)
+    try:
+        os.pread(fd, checkpoint.index.partitions[0].file_nbytes, 0)
+        assert residency._mincore(fd, 0, CHUNK_NBYTES) == cached_nbytes(fd, 0, CHUNK_NBYTES) == CHUNK_NBYTES
+        evict(checkpoint)
+        assert residency._mincore(fd, 0, CHUNK_NBYTES) == cached_nbytes(fd, 0, CHUNK_NBYTES) == 0
+    finally:
+        os.close(fd)
+
+
+def test_a_system_that_calls_every_page_resident_is_not_believed(checkpoint: Checkpoint, saved: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Liar:
+        mmap, munmap = residency._libc.mmap, residency._libc.munmap
+
+        def mincore(self, _address: object, _nbytes: int, answer: ctypes.Array[ctypes.c_char]) -> int:
+            answer.raw = b"\x01" * len(answer)
+            return 0
+
+        def syscall(self, *_: object) -> int:
+            ctypes.set_errno(errno.ENOSYS)
+            return -1
+
+    evict(checkpoint)
+    residency._mincore_tells.cache_clear()
+    monkeypatch.setattr(residency, "_libc", Liar())
+    try:
+        handle = start_load(checkpoint, options=SMALL)
+        assert_equal(handle.wait(), saved)
+        assert handle.report.direct_nbytes == checkpoint.nbytes, "what nobody vouches for is read from the disk"
+    finally:
+        residency._mincore_tells.cache_clear()

@@ -95,10 +95,12 @@ class HostMemory:
             raise OutOfMemoryError(
                 f"the host could not back {nbytes:,} bytes with memory; {available_nbytes():,} are free, ask for less"
             )
-        view = self.view  # EINVAL: a kernel older than 5.14. Read and write back one byte a page.
-        view[offset] = view[offset]
-        for at in range(start + _PAGE - self._address, offset + nbytes, _PAGE):
-            view[at] = view[at]
+        # EINVAL: a kernel older than 5.14. Read and write back one byte a page, with the GIL free as above.
+        import numpy
+
+        pages = numpy.frombuffer(self.view, dtype=numpy.uint8)[start + _PAGE - self._address : offset + nbytes : _PAGE]
+        numpy.bitwise_or(pages, 0, out=pages)
+        self.view[offset] = self.view[offset]
 
     def map_file(self, offset: int, fd: int, file_offset: int, nbytes: int) -> None:
         """Replaces `[offset, offset + nbytes)` by a private mapping of a file: nothing is copied until it is written.

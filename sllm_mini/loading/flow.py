@@ -28,8 +28,8 @@ class LoadOptions:
     whole)."""
 
     chunk_nbytes: int = 16 << 20
-    threads: int = 6
-    ring_chunks: int = 8
+    threads: int = 8
+    ring_chunks: int = 12
     direct: bool = True
     use_cached: bool = True
     map_cached: bool = True

@@ -27,6 +27,7 @@ class PartitionReader:
         self._around_cache = direct
         self.fd = checkpoint.open_partition(number)
         self._direct_fd: int | None = None
+        self._polluted: list[tuple[int, int]] = []
         if direct:
             try:
                 self._direct_fd = checkpoint.open_partition(number, os.O_DIRECT)
@@ -43,7 +44,7 @@ class PartitionReader:
     def read(self, view: memoryview, offset: int, *, cached: bool) -> bool:
         """Fills `view` from `offset` and returns whether the read went around the page cache.
 
-        Where direct reads were asked for and are refused, what a read puts into the page cache is dropped again. Raises LoadError, naming the file and the byte, for a read error or a file that ends early.
+        Where direct reads were asked for and are refused, what reads put into the page cache is dropped at the end. Raises LoadError, naming the file and the byte, for a read error or a file that ends early.
         """
         direct = self._direct_fd is not None and not cached
         at = 0
@@ -61,10 +62,12 @@ class PartitionReader:
                 raise LoadError(f"the file ends here; {len(view) - at:,} more bytes were expected", path=self.path, offset=offset + at)
             at += count
         if self._around_cache and not direct and not cached:
-            os.posix_fadvise(self.fd, offset, len(view), os.POSIX_FADV_DONTNEED)
+            self._polluted.append((offset, len(view)))
         return direct
 
     def close(self) -> None:
+        for offset, nbytes in self._polluted:  # not sooner: one thread's reading ahead would bring back another's
+            os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
         for fd in (self.fd, self._direct_fd):
             if fd is not None:
                 os.close(fd)

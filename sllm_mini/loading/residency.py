@@ -1,7 +1,7 @@
 """What the page cache already holds of a file, asked without touching the disk, and how to make it forget.
 
-cachestat (Linux 6.5) answers for a range in microseconds; where it is missing, mincore over a mapping does. A
-non-waiting read would answer too, but it starts readahead and so reads half the file twice. Taught in chapter 02.
+cachestat (Linux 6.5) answers for a range in microseconds; where it is missing, mincore over a mapping does, unless it
+does not tell the truth. A non-waiting read would answer too, but it starts readahead and so reads half the file twice. Taught in chapter 02.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import errno
 import mmap
 import os
+from functools import cache
 
 _SYS_CACHESTAT = 451  # the same number on every architecture
 _PAGE = mmap.PAGESIZE
@@ -42,7 +43,22 @@ def drop_cached(fd: int) -> None:
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+@cache
+def _mincore_tells() -> bool:
+    """Whether mincore says what is so: some sandboxes call every page resident, also one that nobody ever touched."""
+    page = _libc.mmap(None, _PAGE, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if page in (None, ctypes.c_void_p(-1).value):
+        return False
+    try:
+        answer = ctypes.create_string_buffer(1)
+        return _libc.mincore(ctypes.c_void_p(page), _PAGE, answer) == 0 and not answer.raw[0] & 1
+    finally:
+        _libc.munmap(page, _PAGE)
+
+
 def _mincore(fd: int, offset: int, nbytes: int) -> int | None:
+    if not _mincore_tells():
+        return None
     address = _libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
     if address in (None, ctypes.c_void_p(-1).value):
         return None
