@@ -90,7 +90,8 @@ def plot_pipeline(spans: Sequence[Span], *, title: str = "", mark_seconds: float
         if mark_seconds is not None:
             ax.axvline(mark_seconds * scale, color=INK, linestyle="--", linewidth=1.2)
     if mark_seconds is not None:
-        below.annotate(mark, (mark_seconds * scale, 0), xytext=(-3, -4), textcoords="offset points", rotation=90, ha="right", va="top", fontsize=8.5, color=MUTED)
+        beside = {"xytext": (-3, -4), "textcoords": "offset points", "rotation": 90, "ha": "right", "va": "top"}
+        below.annotate(mark, (mark_seconds * scale, 0), fontsize=8.5, color=MUTED, **beside)
     below.set_xlim(0, 1.02 * max(longest, mark_seconds or 0) * scale)
     used = [name for name in STAGES if any(span.name == name for span in spans)]
     keys = [Patch(facecolor=color_of(STAGES[name]), label=f"{name}: {_MEANINGS[name]}") for name in used]
@@ -144,14 +145,17 @@ def pipeline_text(spans: Sequence[Span]) -> str:
     if not reads:
         return f"Nothing was read in {seconds_text(end)}: every chunk was mapped."
     nbytes = sum(span.nbytes for span in reads)
-    text = f"Of {seconds_text(end)} a read was under way for {busy_seconds(reads) / end:.0%}, on average {sum(span.seconds for span in reads) / end:.1f} at once ({rate_text(nbytes / end)})."
+    at_once = sum(span.seconds for span in reads) / end
+    text = f"Of {seconds_text(end)} a read was under way for {busy_seconds(reads) / end:.0%}, on average {at_once:.1f} at once ({rate_text(nbytes / end)})."
     for name, words in (("pages", "making memory ready"), ("hash", "checking hashes"), ("copy", "waiting for copies")):
         own = [span for span in spans if span.name == name]
         if own:
-            text += f" {words.capitalize()} took {seconds_text(sum(span.seconds for span in own))} of threads' time, {beside_share(spans, name):.0%} of it beside a read."
+            seconds = seconds_text(sum(span.seconds for span in own))
+            text += f" {words.capitalize()} took {seconds} of threads' time, {beside_share(spans, name):.0%} of it beside a read."
     return text
 
 
 def pipeline_alt_text(spans: Sequence[Span], *, what: str = "A recorded load") -> str:
     """What `plot_pipeline` shows, in words."""
-    return f"{what}: {len(chunk_rows(spans))} chunks on {len(_lanes(spans))} threads, a diagonal of bars, each chunk's stages one after another. {pipeline_text(spans)}"
+    shape = f"{len(chunk_rows(spans))} chunks on {len(_lanes(spans))} threads, a diagonal of bars, each chunk's stages one after another"
+    return f"{what}: {shape}. {pipeline_text(spans)}"

@@ -49,8 +49,8 @@ class Settings:
     """How a load is done. `slots`: chunks of the ring to a GPU, None for a load into this machine's own memory. Without
     `overlap` each stage begins when the one before has ended for the whole model."""
 
-    threads: int = 6
-    chunk_nbytes: int = 16 * _MIB
+    threads: int = LoadOptions().threads
+    chunk_nbytes: int = LoadOptions().chunk_nbytes
     verify: bool = True
     overlap: bool = True
     slots: int | None = None
@@ -228,7 +228,8 @@ def prediction_table(runs: Sequence[LoadRun], options: Mapping[str, LoadOptions]
         settings = Settings(option.threads, option.chunk_nbytes, verify, slots=slots)
         predicted = max(span.end for span in predict_load(measured.nbytes, rates, settings))
         own = sorted(run.load_seconds for run in runs if run.setting == name)
-        rows.append((name, seconds_text(measured.load_seconds), f"{seconds_text(own[0])} to {seconds_text(own[-1])}", seconds_text(predicted), f"{predicted / measured.load_seconds:.2f}"))
+        spread = f"{seconds_text(own[0])} to {seconds_text(own[-1])}"
+        rows.append((name, seconds_text(measured.load_seconds), spread, seconds_text(predicted), f"{predicted / measured.load_seconds:.2f}"))
     return Table(
         headers=("setting", "measured", "fastest to slowest", "predicted", "predicted / measured"),
         rows=tuple(rows),
@@ -274,11 +275,16 @@ def draw_load(
     cores: int = 2,
 ) -> Described:
     """The prediction as a picture, in the units of the sliders; `measured_seconds` is drawn as a line. The widget's function."""
-    rates = Rates(disk_gb_per_second * 1e9, one_read_gb_per_second * 1e9, pages_gb_per_second * 1e9, hashing_gb_per_second * 1e9, cores, link_gb_per_second * 1e9)
+    disk, one_read, pages, hashing, link = (
+        rate * 1e9 for rate in (disk_gb_per_second, one_read_gb_per_second, pages_gb_per_second, hashing_gb_per_second, link_gb_per_second)
+    )
+    rates = Rates(disk, one_read, pages, hashing, cores, link)
     settings = Settings(round(threads), chunk_mib * _MIB, verify, overlap, slots)
     spans = predict_load(nbytes, rates, settings)
     seconds = max(span.end for span in spans)
-    host = f"a ring of {slots} slots, {slots * chunk_mib} MiB" if slots and overlap else "a ring as large as the model" if slots else "no memory beside the model"
+    host = "no memory beside the model"
+    if slots:
+        host = f"a ring of {slots} slots, {slots * chunk_mib} MiB" if overlap else "a ring as large as the model"
     title = f"Predicted {seconds_text(seconds)}, measured at the notebook's settings {seconds_text(measured_seconds)}"
     figure = plot_pipeline(spans, title=title, mark_seconds=measured_seconds, mark="measured")
     return describe(figure, f"{pipeline_alt_text(spans, what='Predicted load')} Measured: {seconds_text(measured_seconds)}.", caption=f"On the way: {host}.")

@@ -66,13 +66,15 @@ def plot_in_flight(points: Sequence[InFlight], ax: Axes | None = None) -> Axes:
         _, ax = pyplot.subplots(figsize=(7.2, 3.5), layout="constrained")
     for (role, marker), chunk in zip(_MARKS, dict.fromkeys(point.chunk_nbytes for point in points), strict=False):
         own = [point for point in points if point.chunk_nbytes == chunk]
-        spread = [[max(point.bytes_per_second - min(point.rates), 0) / 1e9 for point in own], [max(max(point.rates) - point.bytes_per_second, 0) / 1e9 for point in own]]
+        below = [(point.bytes_per_second - min(point.rates)) / 1e9 for point in own]
+        above = [(max(point.rates) - point.bytes_per_second) / 1e9 for point in own]
         ax.errorbar(
-            [point.nbytes / MIB for point in own], [point.bytes_per_second / 1e9 for point in own], yerr=spread, color=color_of(role), marker=marker,
-            markersize=6, capsize=2, elinewidth=0.9, label=f"reads of {_size(chunk)}",
+            [point.nbytes / MIB for point in own], [point.bytes_per_second / 1e9 for point in own], yerr=[below, above], color=color_of(role),
+            marker=marker, markersize=6, capsize=2, elinewidth=0.9, label=f"reads of {_size(chunk)}",
         )  # fmt: skip
         for point in own:
-            ax.annotate(str(point.threads), (point.nbytes / MIB, point.bytes_per_second / 1e9), xytext=(4, -11), textcoords="offset points", fontsize=8, color=MUTED)
+            place = point.nbytes / MIB, point.bytes_per_second / 1e9
+            ax.annotate(str(point.threads), place, xytext=(4, -11), textcoords="offset points", fontsize=8, color=MUTED)
     best = max(point.bytes_per_second for point in points)
     ax.axhline(best / 1e9, color=INK, linestyle="--", linewidth=1.1, label=f"the best, {rate_text(best)}")
     ax.set_xscale("log", base=2)
@@ -90,8 +92,9 @@ def in_flight_text(points: Sequence[InFlight]) -> str:
     least, most = min(points, key=lambda point: point.nbytes), max(points, key=lambda point: point.bytes_per_second)
     enough = min((point for point in points if point.bytes_per_second >= ENOUGH * best), key=lambda point: point.nbytes)
     return (
-        f"One read of {_size(least.chunk_nbytes)} at a time gets {least.bytes_per_second / best:.0%} of the best; the fewest bytes under way that got {ENOUGH:.0%} of it are "
-        f"{_size(enough.nbytes)} ({enough.threads} × {_size(enough.chunk_nbytes)}); the best is {rate_text(best)}, with {most.threads} × {_size(most.chunk_nbytes)}."
+        f"One read of {_size(least.chunk_nbytes)} at a time gets {least.bytes_per_second / best:.0%} of the best; the fewest bytes under way that got "
+        f"{ENOUGH:.0%} of it are {_size(enough.nbytes)} ({enough.threads} × {_size(enough.chunk_nbytes)}); the best is {rate_text(best)}, with "
+        f"{most.threads} × {_size(most.chunk_nbytes)}."
     )
 
 
@@ -102,24 +105,27 @@ def in_flight_alt_text(points: Sequence[InFlight]) -> str:
 
 
 def little_table(points: Sequence[InFlight]) -> Table:
-    """Little's law checked: reads done per second × seconds one takes = reads under way, for the middle size of read."""
+    """Little's law checked: reads done per second × seconds one takes = reads under way. All sizes of read but the largest
+    (the one there is, if there is one only)."""
     sizes = sorted({point.chunk_nbytes for point in points})
-    own = [point for point in points if point.chunk_nbytes == sizes[len(sizes) // 2]]
     rows = []
-    for point in own:
-        rate = point.bytes_per_second / point.chunk_nbytes
-        rows.append((str(point.threads), f"{rate:,.0f}", seconds_text(point.wait_seconds), f"{rate * point.wait_seconds:.2f}", rate_text(point.bytes_per_second)))
+    for point in points:
+        if point.chunk_nbytes < sizes[-1] or len(sizes) == 1:
+            rate = point.bytes_per_second / point.chunk_nbytes
+            law = f"{rate:,.0f}", seconds_text(point.wait_seconds), f"{rate * point.wait_seconds:.2f}"
+            rows.append((_size(point.chunk_nbytes), str(point.threads), *law, rate_text(point.bytes_per_second)))
     return Table(
-        headers=("threads", "reads per second", "one read takes", "their product", "which is"),
+        headers=("a read of", "threads", "reads per second", "one takes", "their product", "bytes per second"),
         rows=tuple(rows),
-        caption=f"Little's law, reads of {_size(own[0].chunk_nbytes)}",
-        numeric=frozenset(range(5)),
+        caption="Little's law",
+        numeric=frozenset(range(6)),
     )
 
 
 def plot_pages(runs: Sequence[PageRun], ax: Axes | None = None) -> Axes:
     """Seconds per GB for each kind of memory: making pages first, then the reads; a dot for each run."""
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     medians = median_pages(runs)
     if ax is None:
@@ -128,8 +134,8 @@ def plot_pages(runs: Sequence[PageRun], ax: Axes | None = None) -> Axes:
     longest = max(_per_gb(run, run.seconds) for run in medians)
     for row, run in enumerate(medians):
         making, reading = _per_gb(run, run.making_seconds), _per_gb(run, run.reading_seconds)
-        ax.barh(row, making, height=0.62, color=color_of("device"), label="making pages, before the reads" if making and not ax.get_legend_handles_labels()[1] else None)
-        ax.barh(row, reading, left=making, height=0.62, color=color_of("disk"), label="reading (and what happens beside it)" if row == len(medians) - 1 else None)
+        ax.barh(row, making, height=0.62, color=color_of("device"))
+        ax.barh(row, reading, left=making, height=0.62, color=color_of("disk"))
         totals = [_per_gb(other, other.seconds) for other in runs if other.pages == run.pages]
         inside = [total for total in totals if total <= 1.3 * longest]
         ax.plot(inside, [row + 0.38] * len(inside), ".", color=INK, markersize=4)
@@ -139,7 +145,8 @@ def plot_pages(runs: Sequence[PageRun], ax: Axes | None = None) -> Axes:
     ax.set_xlim(0, 1.45 * longest)
     ax.grid(False, axis="y")
     ax.set_xlabel("seconds per GB, read cold by threads; a dot is one run")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.3, -0.24), ncols=2)
+    keys = [Patch(color=color_of("device"), label="making pages, before the reads"), Patch(color=color_of("disk"), label="reading, and what happens beside it")]
+    ax.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.3, -0.24), ncols=2)
     return ax
 
 
