@@ -15,11 +15,16 @@ import torch
 
 from sllm_mini.checkpoint import Checkpoint, convert_checkpoint, open_checkpoint
 from sllm_mini.errors import LoadError, ResourceError
-from sllm_mini.lab import damage, format_plots, formats, reader_plots, reader_record, reader_runs
 from sllm_mini.lab.counters import Counters
-from sllm_mini.lab.formats import OURS, SAFETENSORS, TORCH, Format, StoredTensor
-from sllm_mini.lab.reader_runs import ReaderRun, measure_readers, median_runs, sum_of
-from sllm_mini.lab.readers import READERS
+from sllm_mini.lab.formats import damage
+from sllm_mini.lab.formats import files as formats
+from sllm_mini.lab.formats import maps as format_plots
+from sllm_mini.lab.formats import plots as reader_plots
+from sllm_mini.lab.formats import record as reader_record
+from sllm_mini.lab.formats import runs as reader_runs
+from sllm_mini.lab.formats.files import OURS, SAFETENSORS, TORCH, Format, StoredTensor
+from sllm_mini.lab.formats.readers import READERS
+from sllm_mini.lab.formats.runs import ReaderRun, measure_readers, median_runs, sum_of
 from sllm_mini.loading.probe import IN_MEMORY_FILE_SYSTEMS, file_system_of
 from sllm_mini.loading.residency import cached_nbytes
 from sllm_mini.resources import resource

@@ -18,8 +18,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from sllm_mini.cli import main
-from sllm_mini.errors import CheckpointError, FormatError, UnsupportedError
-from sllm_mini.lab.bench import Options, bench_table, entries, plot_roofline, read_document, roofline_alt_text, rows_of
+from sllm_mini.errors import CheckpointError, FormatError, OutOfMemoryError, UnsupportedError
+from sllm_mini.lab.bench import (
+    Options,
+    bench_table,
+    entries,
+    measure,
+    ours,
+    plot_roofline,
+    read_document,
+    roofline_alt_text,
+    rows_of,
+)
 from sllm_mini.lab.bench import conditions as conditions_module
 from sllm_mini.lab.bench.checksum import sum_files, sum_tensors
 from sllm_mini.lab.bench.conditions import back_memory, make_cold, make_warm
@@ -74,7 +84,11 @@ def later(job, does):
     return load
 
 def crashing(job):
-    return later(job, lambda: (print("the disk is on fire", file=__import__("sys").stderr, flush=True), os._exit(3)))
+    return later(job, lambda: (start_server(), print("the disk is on fire", file=__import__("sys").stderr, flush=True), os._exit(3)))
+
+def start_server():
+    with open(__file__ + ".pid", "w") as file:
+        file.write(str(__import__("subprocess").Popen(["sleep", "600"]).pid))
 
 def hanging(job):
     return later(job, lambda: time.sleep(3600))
@@ -314,6 +328,8 @@ def faked(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, l
     options = Options(rounds=2, states=states, limit_seconds=5)
     run = measure_rounds(found, loaders, "good", folder, options, on_stage=stages.append)
     assert not (folder / "odd-formats").exists()
+    server = Path("/proc", (folder / "bench_fakes.py.pid").read_text(), "stat")
+    assert not server.exists() or server.read_text().rpartition(")")[2].split()[0] == "Z", "it outlived the loader that crashed"
     return run, stages
 
 
@@ -348,6 +364,22 @@ def test_a_sample_holds_the_load_the_sum_and_what_the_kernel_counted(faked: tupl
             from_disk = sample["counters"]["disk_nbytes"]
             if from_disk is not None:
                 assert from_disk > 0.9 * sample["nbytes"] if series.state == "cold" else from_disk < 0.1 * sample["nbytes"]
+
+
+def test_limits_that_fail_in_a_round_lose_that_round_s_limits_only(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_disk(tmp_path)
+    failures = iter([OutOfMemoryError("the host has no memory left"), WorkerError("CUDA out of memory")])
+
+    def fail(*_: object) -> None:
+        raise next(failures)
+
+    monkeypatch.setattr(measure._Bench, "_limits", fail)
+    chosen = [entry for entry in ours.entries(ladder=False) if entry.name == ours.REFERENCE]
+    run = measure_rounds(find_model(str(model), tmp_path), chosen, ours.REFERENCE, tmp_path, Options(rounds=2, states=("warm",)))
+    assert [len(series.samples) for series in run.series] == [2]
+    assert [(s.name, s.reason) for s in run.skipped] == [
+        ("limits, round 1", "the host has no memory left"), ("limits, round 2", "CUDA out of memory"),
+    ]  # fmt: skip
 
 
 def test_a_worker_that_is_told_nonsense_says_so_and_goes_on() -> None:

@@ -13,12 +13,16 @@ import pytest
 
 from sllm_mini.checkpoint import Checkpoint, convert_checkpoint
 from sllm_mini.errors import LoadError
-from sllm_mini.lab import direct_reads, ladder_plots, pipeline_chart, pipeline_model, read_plots
 from sllm_mini.lab.bench.ours import REFERENCE
-from sllm_mini.lab.direct_reads import MIB, PAGES, InFlight, PageRun, measure_in_flight, measure_pages, median_pages
-from sllm_mini.lab.ladder_loaders import chapter_loaders
-from sllm_mini.lab.load_runs import loads_table, measure_loads, median_load
-from sllm_mini.lab.pipeline_model import Rates, Settings, predict_load
+from sllm_mini.lab.ladder import chart as pipeline_chart
+from sllm_mini.lab.ladder import model as pipeline_model
+from sllm_mini.lab.ladder import plots as ladder_plots
+from sllm_mini.lab.ladder import read_plots
+from sllm_mini.lab.ladder import reads as direct_reads
+from sllm_mini.lab.ladder.loaders import chapter_loaders
+from sllm_mini.lab.ladder.model import Rates, Settings, predict_load
+from sllm_mini.lab.ladder.reads import MIB, PAGES, InFlight, PageRun, measure_in_flight, measure_pages, median_pages
+from sllm_mini.lab.ladder.runs import loads_table, measure_loads, median_load
 from sllm_mini.loading import LoadOptions
 from sllm_mini.loading.ladder import LADDER
 from sllm_mini.loading.probe_samples import Measurement, Samples, Skipped
@@ -120,7 +124,7 @@ def test_peers_and_hashes_are_said_as_measured() -> None:
         row(f"{REFERENCE}, no hashing", "ours", [1.0], ratio=(0.8, 0.5, 1.0)),
     )
     said = ladder_plots.peers_text(document, "cold")
-    assert "y x0.80, x x1.50" in said and "y, was ahead of ours in every round (0.70 to 0.90)" in said
+    assert [line.split() for line in said.splitlines()[1:3]] == [["y", "x0.80"], ["x", "x1.50"]] and "y, was ahead of ours in every round (0.70 to 0.90)" in said
     assert "1.25 times as long as without (1.00 to 2.00)" in ladder_plots.hashing_text(document, "cold")
     assert "not measured" in ladder_plots.hashing_text(document, "warm") and "No other package" in ladder_plots.peers_text(document, "warm")
     assert ladder_plots.skipped_table(document).rows == (("a, b", "not installed"),)
@@ -272,6 +276,8 @@ def test_rates_must_be_rates(bad: dict[str, float]) -> None:
 
 
 def test_the_widget_draws_its_own_controls() -> None:
+    on_gpu = pipeline_model.load_controls(RATES, Settings(slots=LoadOptions().ring_chunks))
+    assert on_gpu["slots"].value == LoadOptions().ring_chunks
     controls = pipeline_model.load_controls(RATES, Settings())
     drawn = pipeline_model.draw_load(10**9, 0.6, **{name: control.value for name, control in controls.items()})
     assert f"Predicted load: 60 chunks on {LoadOptions().threads + 1} threads" in drawn.alt_text and "Measured: 600 ms" in drawn.alt_text

@@ -320,7 +320,7 @@ def test_a_model_that_lies_on_the_disk_already_still_fits(folder: Folder) -> Non
 
 def test_every_unit_fits_a_stage_of_eight_minutes_and_its_names_are_its_own(folder: Folder) -> None:
     plan = plan_of(folder)
-    assert STAGE_SECONDS == 480 and all(0 < unit.seconds <= unit.limit_seconds <= STAGE_SECONDS for unit in plan.units)
+    assert STAGE_SECONDS == 450 and all(0 < unit.seconds <= unit.limit_seconds <= STAGE_SECONDS for unit in plan.units)
     assert len({unit.key for unit in plan.units}) == len(plan.units)
     named = [unit.result for unit in plan.units if unit.result]
     assert len(set(named)) == len(named) and {"doctor.json", "kernels.json", "cold_start.json"} <= set(named)
@@ -335,16 +335,20 @@ def test_rounds_follow_the_speed_of_the_disk_and_names_do_not(folder: Folder) ->
     def rounds(shape: str) -> dict[str, int]:
         return {u.key: int(u.command[u.command.index("--rounds") + 1]) for u in plan_of(folder).units if f"load-{shape}-cuda-cold" in u.key}
 
-    found = []
+    found, slowest = [], plan_of(folder)
     for rate in (2e8, 2e9, 2e10):
         write_json(folder.results / "doctor.json", {"limits": {"disk_direct_read_bytes_per_second": rate}})
         found.append(rounds("llama-3.1-8b"))
-        assert all(unit.seconds <= 0.8 * STAGE_SECONDS for unit in plan_of(folder).units if unit.stage == "bench")
-    assert found[0].keys() == found[1].keys() == found[2].keys() and len(found[0]) == 4
-    assert set(found[0].values()) == {1} and set(found[2].values()) == {5} and all(1 <= n <= 5 for n in found[1].values())
+        slowest = plan_of(folder) if rate == 2e8 else slowest
+        assert all(unit.seconds <= STAGE_SECONDS for unit in plan_of(folder).units)
+    assert found[0] == {}, "not even one round fits a unit on the slowest"
+    said = [reason for key, reason in slowest.skipped.items() if "load-llama-3.1-8b-cuda-cold" in key]
+    assert len(said) == 4 and all("a unit is ended after 450" in reason for reason in said)
+    assert found[1].keys() == found[2].keys() and len(found[1]) == 4
+    assert set(found[2].values()) == {5} and all(1 <= n < 5 for n in found[1].values())
     assert list(rounds("opt-125m").values()) == [5]  # one unit of all loaders
     (folder.results / "doctor.json").write_text("{")
-    assert rounds("llama-3.1-8b").keys() == found[0].keys()
+    assert rounds("opt-125m").keys() == {"bench/load-opt-125m-cuda-cold"}
 
 
 def test_the_parts_of_a_bench_are_all_of_its_loaders() -> None:

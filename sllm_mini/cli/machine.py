@@ -95,7 +95,7 @@ def _gpu_facts(gpu: CudaDevice) -> dict[str, Any]:
 
 
 def _document(machine: Machine, gpu: dict[str, Any] | None, gpu_reason: str, limits: Limits) -> dict[str, Any]:
-    from sllm_mini.lab.bench.document import measurement_row
+    from sllm_mini.loading.probe_samples import measurement_row
 
     skipped = [asdict(entry) for entry in limits.skipped]
     if gpu is None:

@@ -45,12 +45,12 @@ def tiny_checkpoint(folder: str | os.PathLike[str] | None = None) -> Checkpoint:
     return convert_checkpoint(source, path, options=WriteOptions(overwrite=True))
 
 
-def fitting_shape(folder: str | os.PathLike[str] | None = None) -> str:
-    """The name of the largest shape in `SIZES` for which memory (the GPU's where there is one) has room, and the disk,
-    unless it was made there already. Raises ResourceError where nothing fits."""
+def fitting_shape(folder: str | os.PathLike[str] | None = None, *, on_gpu: bool | None = None) -> str:
+    """The name of the largest shape in `SIZES` for which memory (the GPU's with `on_gpu`, by default where there is one)
+    has room, and the disk, unless it was made there already. Raises ResourceError where nothing fits."""
     root = workspace() if folder is None else Path(folder)
     disk = shutil.disk_usage(root).free
-    on_gpu = cuda_available()
+    on_gpu = cuda_available() if on_gpu is None else on_gpu
     memory = get_device("cuda").free_nbytes() if on_gpu else available_nbytes()
     for name in SIZES if on_gpu else SIZES[SIZES.index(_CPU_LARGEST) :]:
         nbytes = SHAPES[name].nbytes

@@ -35,7 +35,10 @@ class InPlace:
         """Reads or maps one chunk into place. Raises LoadError, IntegrityError or OutOfMemoryError."""
         flow, reader = self._flow, self._readers[chunk.partition]
         view = self._memory.view[chunk.device_offset : chunk.device_offset + chunk.nbytes]
-        cached = self._prepare(chunk) == _CACHED
+        state = self._prepare(chunk)
+        if state == _CLAIMED:
+            return  # the load has failed elsewhere, and nobody makes pages for this chunk any more
+        cached = state == _CACHED
         # A kernel with pages larger than the format's blocks cannot map every chunk.
         mapped = cached and flow.options.map_cached and not (chunk.file_offset | chunk.device_offset | chunk.nbytes) % mmap.PAGESIZE
         if mapped:

@@ -18,8 +18,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sllm_mini.checkpoint.directory import Checkpoint
+from sllm_mini.checkpoint.index import BLOCK_NBYTES
 from sllm_mini.device.base import Buffer, Device, HostBuffer
 from sllm_mini.device.cpu import HostMemory
+from sllm_mini.loading.flow import LoadOptions
 from sllm_mini.loading.load import start_load
 from sllm_mini.loading.plan import Chunk, plan_load
 from sllm_mini.loading.reader import PartitionReader
@@ -28,8 +30,8 @@ from sllm_mini.loading.restore import restore_tensors
 if TYPE_CHECKING:
     import torch
 
-CHUNK_NBYTES = 16 << 20
-THREADS = 4
+READ_NBYTES = LoadOptions().chunk_nbytes
+THREADS = LoadOptions().threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def _load_each(checkpoint: Checkpoint, device: Device) -> dict[str, torch.Tensor
 
 
 def _load_chunks(rung: Rung, checkpoint: Checkpoint, device: Device) -> dict[str, torch.Tensor]:
-    plan = plan_load(checkpoint.index, lambda _: 0, devices=1, names=None, chunk_nbytes=CHUNK_NBYTES, granule=CHUNK_NBYTES)
+    plan = plan_load(checkpoint.index, lambda _: 0, devices=1, names=None, chunk_nbytes=READ_NBYTES, granule=BLOCK_NBYTES)
     target = HostMemory(plan.nbytes, huge_pages=rung.pinned, populate=rung.pinned) if device.is_host else device.allocate(plan.nbytes)
     pending = iter(plan.chunks)  # the threads take from it in turn
     with ExitStack() as stack, ThreadPoolExecutor(rung.threads) as threads:
@@ -106,7 +108,7 @@ def _read_in_place(target: HostMemory, pending: Iterator[Chunk], readers: list[P
 
 
 def _read_and_copy(device: Device, target: Buffer, pending: Iterator[Chunk], readers: list[PartitionReader], pinned: bool) -> None:
-    staging: HostBuffer = device.allocate_host(CHUNK_NBYTES) if pinned else HostMemory(CHUNK_NBYTES, huge_pages=False)
+    staging: HostBuffer = device.allocate_host(READ_NBYTES) if pinned else HostMemory(READ_NBYTES, huge_pages=False)
     stream = device.stream()
     try:
         for chunk in pending:

@@ -53,7 +53,8 @@ def start_load(
     new bytes. With `verify`, every chunk is hashed as it arrives, and a wrong one fails the load. `pool` lends the host
     memory on the way to a GPU (or to existing tensors), so that no load has to pin its own. `recorder` gets a span for
     each stage of each chunk. Raises what `open_checkpoint` raises, OutOfMemoryError before anything is read if the
-    target is too small, LoadError for an unknown name or an unfit tensor. Safe from several threads.
+    target is too small, LoadError for an unknown name or an unfit tensor, ValueError for arguments that contradict each
+    other or a pool that does not fit. Safe from several threads.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     options = options or LoadOptions()
@@ -77,6 +78,8 @@ def start_load(
             for target, nbytes in zip(devices, plan.device_nbytes, strict=True):
                 buffers.append(target.allocate(nbytes))
         bases = [buffer.tensor() for buffer in buffers]
+        if pool is not None and not any(_lends(pool, target) and (into is not None or not target.is_host) for target in devices):
+            raise ValueError(f"the pool has memory for {pool.device.name}, which no chunk of this load passes through; make it for the load's device")
         handle = LoadHandle(checkpoint, plan, list(buffers))
         flow = Flow(checkpoint.index, options, verify=verify, recorder=recorder, on_chunk=handle._on_chunk)
         pipeline = Pipeline(checkpoint, plan, flow, handle._on_end)
@@ -113,7 +116,7 @@ def _targets(
     targets: list[Target] = []
     try:
         for number, device in enumerate(devices):
-            lent = pool if pool is not None and pool.device.is_host == device.is_host else None
+            lent = pool if pool is not None and _lends(pool, device) else None
             if scattered is not None:
                 targets.append(Ring(flow, device, lambda chunk: scattered[chunk.number], readers, whole=False, pool=lent))
             elif isinstance(memory := buffers[number], HostMemory):
@@ -125,6 +128,10 @@ def _targets(
             target.close()
         raise
     return targets
+
+
+def _lends(pool: ChunkPool, device: Device) -> bool:
+    return pool.device.is_host == device.is_host  # pinned memory is pinned for every GPU
 
 
 def _one_piece(memory: Buffer, chunk: Chunk) -> tuple[Piece]:

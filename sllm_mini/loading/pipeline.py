@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from sllm_mini.checkpoint.directory import Checkpoint
-from sllm_mini.errors import LoadError, SllmError
+from sllm_mini.errors import LoadError
 from sllm_mini.loading.flow import Flow
 from sllm_mini.loading.plan import Chunk, LoadPlan
 from sllm_mini.loading.reader import PartitionReader
@@ -75,18 +75,20 @@ class Pipeline:
         self._threads = [threading.Thread(target=self._beside, args=(work,), name=name) for name, work in beside]
         self._threads += [threading.Thread(target=self._read_chunks, name=f"sllm-read-{number}") for number in range(readers)]
         finisher = threading.Thread(target=self._finish, args=(list(self._threads),), name="sllm-load")
-        started: list[threading.Thread] = []
         try:
             for thread in (*self._threads, finisher):
                 thread.start()
-                started.append(thread)
-        except RuntimeError as error:  # the system gives no more threads: end those that it gave
+        except BaseException as error:  # a Ctrl-C, or the system gives no more threads: end those that it gave
             self.stop(error)
             for target in self._targets:
                 target.finish()
+            started = [thread for thread in (*self._threads, finisher) if thread.ident is not None]
             for thread in started:
                 thread.join()
-            self._release()
+            if finisher not in started:
+                self._release()
+            if not isinstance(error, RuntimeError):
+                raise
             raise LoadError(f"no thread can be started to read it ({error}); fewer `threads` may do", path=self._checkpoint.path) from error
         self._threads.append(finisher)
 
@@ -151,7 +153,7 @@ class Pipeline:
         for close in closers:
             try:
                 close()
-            except SllmError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is: the rest must be given back and the handle told
                 self.stop(error)
         self._targets = []  # the handle decides how long their memory lives
         link = self.flow.error

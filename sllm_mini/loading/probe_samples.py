@@ -49,6 +49,20 @@ class Measurement:
         return self.nbytes / self.seconds_median
 
 
+def measurement_row(m: Measurement) -> dict[str, object]:
+    """One probe's measurement in the keys that `doctor` and `bench` share."""
+    return {
+        "name": m.name,
+        "setting": m.setting,
+        "nbytes": m.nbytes,
+        "samples": list(m.samples_seconds),
+        "seconds_median": m.seconds_median,
+        "seconds_min": m.seconds_min,
+        "seconds_max": m.seconds_max,
+        "bytes_per_second_median": m.bytes_per_second,
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Skipped:
     """What could not be measured here, and why, in one sentence."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from sllm_mini.checkpoint.directory import Checkpoint
@@ -66,8 +67,9 @@ class PartitionReader:
         return direct
 
     def close(self) -> None:
-        for offset, nbytes in self._polluted:  # not sooner: one thread's reading ahead would bring back another's
-            os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # advice: a file system may refuse it
+            for offset, nbytes in self._polluted:  # not sooner: one thread's reading ahead would bring back another's
+                os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
         for fd in (self.fd, self._direct_fd):
             if fd is not None:
                 os.close(fd)

@@ -31,8 +31,8 @@ def cached_nbytes(fd: int, offset: int, nbytes: int) -> int | None:
     found = (ctypes.c_uint64 * 5)()
     if _libc.syscall(_SYS_CACHESTAT, fd, wanted, found, 0) == 0:
         return min(found[0] * _PAGE, nbytes)
-    if ctypes.get_errno() not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-        return None
+    if ctypes.get_errno() not in (errno.ENOSYS, errno.EOPNOTSUPP):
+        return None  # EPERM above all: of a file that is neither ours nor writable nothing is said
     return _mincore(fd, offset, nbytes)
 
 
@@ -57,7 +57,8 @@ def _mincore_tells() -> bool:
 
 
 def _mincore(fd: int, offset: int, nbytes: int) -> int | None:
-    if not _mincore_tells():
+    # Of a file that is neither ours nor writable mincore calls every page resident, so as not to tell others' secrets.
+    if not _mincore_tells() or not (os.fstat(fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)):
         return None
     address = _libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
     if address in (None, ctypes.c_void_p(-1).value):

@@ -22,7 +22,7 @@ from sllm_mini.errors import FormatError
 from sllm_mini.lab.bench.entry import State
 from sllm_mini.lab.bench.measure import Run, Series
 from sllm_mini.lab.bench.ours import MAPPED
-from sllm_mini.loading.probe_samples import Measurement
+from sllm_mini.loading.probe_samples import measurement_row
 
 KIND = "sllm-mini bench load"
 DISK, LINK, COPY = "disk_direct_read", "host_to_device_copy", "memory_copy"
@@ -54,20 +54,6 @@ def assemble(run: Run, *, nbytes: int, device: str, reference: str, facts: Mappi
         "limit_samples": [measurement_row(measured) for measured in run.limits],
         "results": rows,
         "skipped": [asdict(skipped) for skipped in run.skipped],
-    }
-
-
-def measurement_row(m: Measurement) -> dict[str, Any]:
-    """One probe's measurement in the keys that `doctor` and `bench` share."""
-    return {
-        "name": m.name,
-        "setting": m.setting,
-        "nbytes": m.nbytes,
-        "samples": list(m.samples_seconds),
-        "seconds_median": m.seconds_median,
-        "seconds_min": m.seconds_min,
-        "seconds_max": m.seconds_max,
-        "bytes_per_second_median": m.bytes_per_second,
     }
 
 

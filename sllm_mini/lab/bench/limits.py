@@ -1,4 +1,4 @@
-"""What no loader can beat, measured in the same rounds as the loaders: disk, memory, the mapped file, the GPU's link.
+"""What loaders are held against, measured in the same rounds: disk, memory, the mapped file, the GPU's link.
 
 The disk's limit is the best of a sweep of direct reads over a file that our own loader reads, by this package's probe
 and, where it is installed, by fio. fio's buffers are 4 KiB pages unless told otherwise, which halves what this kind of

@@ -57,7 +57,7 @@ def measure_load(
     root = Path(folder) if folder is not None else workspace() / "bench"
     root.mkdir(parents=True, exist_ok=True)
     say = on_stage or (lambda _: None)
-    name = os.fspath(model) if model is not None else fitting_shape(root)
+    name = os.fspath(model) if model is not None else fitting_shape(root, on_gpu=options.device != "cpu")
     chosen = list(loaders) if loaders is not None else entries(options.device)
     say(f"finding {name}")
     found = find_model(name, root)

@@ -202,22 +202,28 @@ class _Bench:
                 except (SllmError, OSError) as error:
                     worker.close()
                     self._skip(entry.name, reason_of(error))
-            helper = stack.enter_context(Worker(limit_seconds=self.limit_seconds)) if workers else None
-            if helper is not None:
-                self._rounds(number, {entry.name: entry for entry in entries}, workers, helper)
+            if workers:
+                with ExitStack() as helpers:
+                    self._rounds(number, {entry.name: entry for entry in entries}, workers, helpers)
 
     def _start(self, worker: Worker, entry: Entry) -> None:
         """Opens a loader and lets it load once untimed: its threads and caches exist then, and it is known to be right."""
         worker.ask(at_least_seconds=_LIMIT_SECONDS, do="open", opener=entry.opener, **self._job(entry.format), arguments=dict(entry.arguments))
         self._check(worker.ask(do="load"))
 
-    def _rounds(self, number: int, entries: dict[str, Entry], workers: dict[str, Worker], helper: Worker) -> None:
+    def _rounds(self, number: int, entries: dict[str, Entry], workers: dict[str, Worker], helpers: ExitStack) -> None:
         names = list(workers)
         found = {(name, state): Series(entries[name], state, number) for name in names for state in self.states if state in entries[name].states}
         rounds = plan_rounds(names, self.states, self.options.rounds, self.options.seed + number)
         self.step, self.steps = 0, sum(len(one) for one in rounds)
+        helper = helpers.enter_context(Worker(limit_seconds=self.limit_seconds))
         for round_number, order in enumerate(rounds):
-            self._limits(helper)
+            try:
+                self._limits(helper)
+            except (SllmError, OSError) as error:  # of this round only; the loaders are still worth measuring
+                self._skip(f"limits, round {round_number + 1}", reason_of(error))
+                helper.close()
+                helper = helpers.enter_context(Worker(limit_seconds=self.limit_seconds))
             for name, state in order:
                 self.step += 1
                 series, worker = found.get((name, state)), workers.get(name)

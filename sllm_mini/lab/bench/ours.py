@@ -24,6 +24,10 @@ def entries(*, ladder: bool = True) -> list[Entry]:
     made = [
         Entry(REFERENCE, "ours", f"{_HERE}:tensors", FORMAT, setting="default: every chunk hashed as it arrives", arguments={"verify": True}),
         Entry(f"{REFERENCE}, no hashing", "ours", f"{_HERE}:tensors", FORMAT, setting="verify=False", arguments={"verify": False}),
+        Entry(
+            f"{REFERENCE}, pool kept", "ours", f"{_HERE}:tensors", FORMAT, setting="a ChunkPool pinned once for all loads",
+            arguments={"verify": True, "pool": True}, cuda_only="a load to a CPU reads in place and has no use for a pool",
+        ),
         Entry("sllm_mini load_model", "ours", f"{_HERE}:model", FORMAT, setting="default, the transformers model built too", whole_model=True),
     ]
     if ladder:
@@ -41,10 +45,14 @@ def limit_entries(device: str) -> list[Entry]:
 
 
 def tensors(job: Job) -> Load:
-    from sllm_mini.loading import load_tensors
+    from sllm_mini.device import get_device
+    from sllm_mini.loading import ChunkPool, LoadOptions, load_tensors
 
-    verify = bool(job.arguments["verify"])
-    return lambda: load_tensors(job.path, job.device, verify=verify).values()
+    verify, pool = bool(job.arguments["verify"]), None
+    if job.arguments.get("pool"):
+        pool = ChunkPool(get_device(job.device), chunk_nbytes=LoadOptions().chunk_nbytes, chunks=LoadOptions().ring_chunks)
+        pool.fill()
+    return lambda: load_tensors(job.path, job.device, verify=verify, pool=pool).values()
 
 
 def model(job: Job) -> Load:

@@ -71,7 +71,7 @@ def _panel(document: Mapping[str, Any], state: State, ax: Axes) -> Axes:
     roof = _roof(document, state)
     if roof is not None:
         name, rate = roof
-        keys.append(ax.axvline(rate / 1e9, color=INK, linewidth=1.2, linestyle="--", label=f"the most that {_LIMITS[name]} allows"))
+        keys.append(ax.axvline(rate / 1e9, color=INK, linewidth=1.2, linestyle="--", label=f"what {_LIMITS[name]} gave"))
     ax.legend(handles=keys, loc="lower right", fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
     return ax
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from sllm_mini.errors import SllmError
@@ -89,9 +90,9 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process and whatever it started."""
-        if self._process.poll() is None:
+        with suppress(ProcessLookupError):  # the group outlives a leader that crashed, with what it started
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.wait()
         for stream in (self._asking, self._answers, self._errors):
             try:
                 stream.close()

@@ -117,11 +117,19 @@ def record(archive: Path, results: Path | None = None) -> list[Path]:
         }  # fmt: skip
         target.mkdir(parents=True, exist_ok=True)
         path = target / PurePosixPath(str(entry.result)).name
-        write_json(path, {**document, "recorded": stamp})
+        write_json(path, {**_without_folders(document), "recorded": stamp})
         written.append(path)
     if not written:
         raise ReportError(f"{archive} holds no result of a unit that was done; run make gpu-report again until there is one")
     return written
+
+
+def _without_folders(document: dict[str, Any]) -> dict[str, Any]:
+    """A document without what it says of the folders of the machine that it was made on: the stamp has the rest."""
+    kept = {key: value for key, value in document.items() if key != "command"}
+    if isinstance(kept.get("machine"), dict):
+        kept["machine"] = {key: value for key, value in kept["machine"].items() if key != "directory"}
+    return kept
 
 
 def _plain(command: tuple[str, ...]) -> str:

@@ -33,6 +33,8 @@ _START_SECONDS = 6.0
 _DISK_BYTES_PER_SECOND, _WARM_BYTES_PER_SECOND = 1e9, 4e9
 """Of a disk that was not measured yet, and of the page cache; a loader is taken to reach half of either."""
 _MADE_BYTES_PER_SECOND = 0.4e9
+_CONTEXT_NBYTES = 0.5e9
+"""Of GPU memory that each process of a bench takes before it loads anything; they are all alive at once."""
 _UNIT_SECONDS = 0.8 * STAGE_SECONDS
 _MODEL = """
 from sys import argv
@@ -66,6 +68,8 @@ class Table:
             missing = self.host.missing(unit.modules, unit.programs)
             if missing:
                 skipped[unit.key] = f"{', '.join(missing)} not there"
+            elif unit.seconds > unit.limit_seconds:
+                skipped[unit.key] = f"it would take some {unit.seconds:.0f} s here, and a unit is ended after {unit.limit_seconds:.0f}"
             else:
                 units.append(unit)
         return Plan(tuple(units), products, skipped)
@@ -115,6 +119,10 @@ class Table:
         yield Unit("bench", "cold-start", (sys.executable, "-c", _COLD_START, device, str(saved), "1" if self._rehearsal else "2"), 60, 240, saved.name, modules=CORE)
         loaded = self._sllm("load", self._model(_TINY), "--device", "cuda", "--repeat", 3, "--json")
         yield Unit("bench", "load-command", loaded, 20, 120, "load_command.json", True, (*CORE, "cupy"), uses=(_TINY,))
+        if not self._rehearsal:  # its model has 1 GB, and no part of it differs on a GPU
+            formats = self.folder.results / "formats.json"
+            record = (sys.executable, "-m", "sllm_mini.lab.formats.record", str(formats))
+            yield Unit("bench", "formats", record, 90, 300, formats.name, modules=CORE, env={"SLLM_MINI_WORK": str(self.folder.scratch)})
         for target in dict.fromkeys((device, "cpu")):
             for model in (_TINY,) if self._rehearsal else (_SMALL, *SHAPES):
                 if model not in self._too_large_for(target):
@@ -142,15 +150,18 @@ class Table:
             yield Unit("bench", name, command, seconds, result=result, modules=CORE, uses=uses)
 
     def _rounds(self, loaders: int, nbytes: int, state: str) -> tuple[int, float]:
-        """As many rounds as fit into a unit, one at least, and the seconds they will take at the speed of this disk."""
-        rate = 0.5 * (self._disk_bytes_per_second() if state == "cold" else _WARM_BYTES_PER_SECOND)
-        fixed = 20 + loaders * _START_SECONDS + 2 * nbytes / rate
+        """As many rounds as fit into a unit, one at least, and the seconds they will take at the speed of this disk (more
+        than a unit has, where not even one fits)."""
+        disk = self._disk_bytes_per_second()
+        rate = 0.5 * (disk if state == "cold" else _WARM_BYTES_PER_SECOND)
+        fixed = 20 + loaders * _START_SECONDS + 2 * nbytes / rate + 3 * nbytes / _MADE_BYTES_PER_SECOND  # the sum, and formats written
+        limits = 10 * min(nbytes, 2 << 30) / disk if state == "cold" else 5.0
 
         def seconds(rounds: int) -> float:
-            return fixed + loaders * (rounds + 1) * nbytes / rate  # one more that is not timed
+            return fixed + rounds * limits + loaders * (rounds + 1) * nbytes / rate  # one more that is not timed
 
         rounds = next((rounds for rounds in range(_ROUNDS, 1, -1) if seconds(rounds) <= _UNIT_SECONDS), 1)
-        return rounds, min(seconds(rounds), _UNIT_SECONDS)
+        return rounds, seconds(rounds)
 
     def _count(self, names: tuple[str, ...], device: str) -> int:
         """How many loaders a unit measures, ours included; all of them without `names`."""
@@ -223,7 +234,9 @@ class Table:
             "memory": (2.2 * nbytes + 2e9, self.host.memory_nbytes),
         }
         if on_gpu and self.host.gpu is not None:
-            wanted["GPU memory"] = (1.25 * nbytes + 1e9, self.host.gpu["free_nbytes"])
+            parts = _PARTS.values() if nbytes > _WHOLE_NBYTES else ((),)
+            contexts = 1 + max(self._count(names, "cuda") for names in parts)
+            wanted["GPU memory"] = (1.25 * nbytes + contexts * _CONTEXT_NBYTES, self.host.gpu["free_nbytes"])
         for name, (need, free) in wanted.items():
             if need > free:
                 return f"needs {need / 1e9:.1f} GB of {name}, {free / 1e9:.1f} GB are free"

@@ -1,4 +1,4 @@
-"""Chapter 01's measurement as one command and one file: `python -m sllm_mini.lab.reader_record formats.json`.
+"""Chapter 01's measurement as one command and one file: `python -m sllm_mini.lab.formats.record formats.json`.
 
 Makes the three files, measures every reader, removes the files again and writes the runs as JSON; `recorded_readers` draws
 such a file from a machine with a GPU. Costs what the chapter costs, about a minute on two quiet cores.
@@ -17,10 +17,10 @@ from pathlib import Path
 from sllm_mini.errors import ResourceError, SllmError
 from sllm_mini.lab.counters import Counters
 from sllm_mini.lab.figure import Described, describe
-from sllm_mini.lab.formats import formats_checkpoint, remove_formats, write_formats
-from sllm_mini.lab.reader_plots import plot_readers, readers_alt_text
-from sllm_mini.lab.reader_runs import ReaderRun, measure_readers
-from sllm_mini.lab.readers import READERS
+from sllm_mini.lab.formats.files import formats_checkpoint, remove_formats, write_formats
+from sllm_mini.lab.formats.plots import plot_readers, readers_alt_text
+from sllm_mini.lab.formats.readers import READERS
+from sllm_mini.lab.formats.runs import ReaderRun, measure_readers
 from sllm_mini.lab.recorded import recorded_note, recorded_runs
 
 
@@ -64,7 +64,7 @@ def recorded_readers(name: str = "formats.json") -> Described | str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 when the file is written, 1 for an error, which is printed."""
-    parser = argparse.ArgumentParser(prog="python -m sllm_mini.lab.reader_record", description="Measure chapter 01's readers and write the runs.")
+    parser = argparse.ArgumentParser(prog="python -m sllm_mini.lab.formats.record", description="Measure chapter 01's readers and write the runs.")
     parser.add_argument("path", type=Path, metavar="FILE.json")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(argv)

@@ -16,7 +16,7 @@ from sllm_mini.checkpoint.dtypes import torch_dtype
 from sllm_mini.checkpoint.safetensors_file import read_header
 from sllm_mini.device.cpu import HostMemory
 from sllm_mini.errors import LoadError
-from sllm_mini.lab.formats import OURS, SAFETENSORS, TORCH
+from sllm_mini.lab.formats.files import OURS, SAFETENSORS, TORCH
 from sllm_mini.loading.restore import restore_tensors
 
 if TYPE_CHECKING:

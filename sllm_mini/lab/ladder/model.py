@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from sllm_mini.lab.figure import Described, describe
-from sllm_mini.lab.load_runs import LoadRun, median_load
-from sllm_mini.lab.pipeline_chart import pipeline_alt_text, plot_pipeline
+from sllm_mini.lab.ladder.chart import pipeline_alt_text, plot_pipeline
+from sllm_mini.lab.ladder.runs import LoadRun, median_load
 from sllm_mini.lab.table import Table
 from sllm_mini.lab.units import seconds_text
 from sllm_mini.lab.widgets import Choice, Control, Slider, Toggle
@@ -253,7 +253,7 @@ def load_controls(rates: Rates, settings: Settings) -> dict[str, Control]:
         "hashing_gb_per_second": slider("hashing, one core", rates.hashing),
         "overlap": Toggle("stages overlap", settings.overlap),
         "verify": Toggle("hashes checked", settings.verify),
-        "slots": Choice("target", settings.slots, {"this memory": None, "a GPU, ring of 2": 2, "a GPU, ring of 8": 8}),
+        "slots": Choice("target", settings.slots, {"this memory": None} | {f"a GPU, ring of {slots}": slots for slots in sorted({2, 8, settings.slots or 8})}),
         "link_gb_per_second": slider("link to the GPU", rates.link),
     }
 

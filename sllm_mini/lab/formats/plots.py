@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sllm_mini.lab.reader_runs import ReaderRun, median_runs
+from sllm_mini.lab.formats.runs import ReaderRun, median_runs
 from sllm_mini.lab.style import INK, color_of, ink_on, use_style
 from sllm_mini.lab.table import Table
 from sllm_mini.lab.units import seconds_text

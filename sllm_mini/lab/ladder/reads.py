@@ -146,9 +146,13 @@ def _fill(fd: int, pages: Pages, nbytes: int, threads: int, chunk_nbytes: int) -
 
     def work(worker: int, stop: threading.Event) -> None:
         if ahead and worker == threads:
-            for number, event in enumerate(made):
-                memory.populate(number * chunk_nbytes, chunk_nbytes)
-                event.set()
+            try:
+                for number, event in enumerate(made):
+                    memory.populate(number * chunk_nbytes, chunk_nbytes)
+                    event.set()
+            finally:
+                for event in made:  # after an error nobody may wait for the rest
+                    event.set()
             return
         while not stop.is_set() and (number := next(claims)) < len(made):
             if ahead:

@@ -20,8 +20,7 @@ from sllm_mini.lab.recorded import recorded_note, recorded_runs
 from sllm_mini.lab.style import INK, PAPER, color_of, use_style
 from sllm_mini.lab.table import Table
 from sllm_mini.lab.units import rate_text, seconds_text
-from sllm_mini.loading.flow import LoadOptions
-from sllm_mini.loading.ladder import CHUNK_NBYTES, LADDER
+from sllm_mini.loading.ladder import LADDER, READ_NBYTES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,9 +78,8 @@ def ladder_steps(document: Mapping[str, Any]) -> list[Step]:
             continue
         parts.append([total - use for total in row["samples"]])
         factor = _factor(parts[-2], parts[-1]) if steps else None
-        threads = LoadOptions().threads if rung.pipelined else rung.threads
         rates = tuple(row["nbytes"] / part for part in parts[-1])
-        steps.append(Step(rung.name, rung.idea, threads, statistics.median(parts[-1]), rates, factor, steps[-1].name if steps else "", row))
+        steps.append(Step(rung.name, rung.idea, rung.threads, statistics.median(parts[-1]), rates, factor, steps[-1].name if steps else "", row))
     if not steps:
         raise ValueError("the document holds no rung of the ladder that was measured cold; measure with ladder=True")
     return steps
@@ -102,10 +100,11 @@ def _factor(before: Sequence[float], after: Sequence[float]) -> Factor:
 
 
 def floor_of(document: Mapping[str, Any]) -> tuple[str, float]:
-    """Which limit a cold load meets, in words, and the bytes per second it allows. Raises ValueError if it was not measured."""
+    """Which limit a cold load meets, in words, and the bytes per second it allows; where none could be measured (direct
+    reads are refused, say), the fastest run of a rung stands in and the words say so."""
     name, seconds = limit_of("cold", document["method"]["device"], document["limits"], document["model"]["nbytes"])
     if name is None or seconds is None:
-        raise ValueError("the limit of a cold load was not measured in this run")
+        return "the fastest run (the limit itself could not be measured)", max(max(step.rates) for step in ladder_steps(document))
     return _LIMIT_WORDS[name], document["model"]["nbytes"] / seconds
 
 
@@ -221,20 +220,21 @@ def step_text(document: Mapping[str, Any], name: str) -> str:
 def _in_flight(step: Step) -> str:
     if step.name == LADDER[0].name:
         return "1 of a tensor's size"
-    return f"{step.threads} of {CHUNK_NBYTES >> 20} MiB"
+    return f"{step.threads} of {READ_NBYTES >> 20} MiB"
 
 
 def peers_text(document: Mapping[str, Any], state: str) -> str:
-    """How other packages compare with our loader in its default setting, as one sentence."""
+    """How other packages compare with our loader in its default setting, a line each, then how sure that is."""
     peers = [row for row in rows_of(document, state, kinds=("peer",)) if row["ratio_to_reference_median"] is not None]
     if not peers:
         return f"No other package was measured {state}."
-    parts = [f"{row['name']} x{row['ratio_to_reference_median']:.2f}" for row in peers]
+    lines = [f"  {row['name']:32} x{row['ratio_to_reference_median']:.2f}" for row in peers]
     first = peers[0]
     low, high = first["ratio_to_reference_min"], first["ratio_to_reference_max"]
     lead = "behind ours in every round" if low > 1 else "ahead of ours in every round" if high < 1 else "now ahead of ours, now behind"
     where = "from the disk" if state == "cold" else "from the page cache"
-    return f"Seconds against ours (hashes checked), {where}: {', '.join(parts)}. The nearest, {first['name']}, was {lead} ({low:.2f} to {high:.2f})."
+    nearest = f"The nearest, {first['name']}, was {lead} ({low:.2f} to {high:.2f})."
+    return "\n".join((f"Seconds against ours (hashes checked), {where}:", *lines, nearest))
 
 
 def hashing_text(document: Mapping[str, Any], state: str) -> str:

@@ -1,4 +1,4 @@
-"""The experiments of `direct_reads`, drawn: the rate against the bytes under way, and what pages cost a read.
+"""The experiments of `reads`, drawn: the rate against the bytes under way, and what pages cost a read.
 
 Arithmetic on what was measured. Shown in chapter 02.
 """
@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sllm_mini.lab.direct_reads import MIB, InFlight, PageRun, median_pages
+from sllm_mini.lab.ladder.reads import MIB, InFlight, PageRun, median_pages
 from sllm_mini.lab.style import INK, MUTED, color_of, use_style
 from sllm_mini.lab.table import Table
 from sllm_mini.lab.units import nbytes_text, rate_text, seconds_text

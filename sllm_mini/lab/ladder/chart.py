@@ -1,6 +1,6 @@
 """The pipeline's timeline, drawn twice on one axis: what each thread did, and what happened to each chunk.
 
-For spans as `load_tensors(…, recorder=…)` records them or `pipeline_model` predicts them. A span knows its thread, not its
+For spans as `load_tensors(…, recorder=…)` records them or `model` predicts them. A span knows its thread, not its
 chunk, so chunks are numbered in the order in which their reads began; the pages that a thread of its own makes, and
 copies, are given to them in order. Measures nothing. Shown in chapter 02.
 """

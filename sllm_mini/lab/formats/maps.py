@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sllm_mini.lab.formats import OURS, SAFETENSORS, TORCH, Format
+from sllm_mini.lab.formats.files import OURS, SAFETENSORS, TORCH, Format
 from sllm_mini.lab.style import INK, PAPER, color_of, darker, ink_on, use_style
 from sllm_mini.lab.table import Table
 from sllm_mini.lab.units import nbytes_text

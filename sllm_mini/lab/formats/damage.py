@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sllm_mini.device.cpu import HostMemory
-from sllm_mini.lab.formats import OURS, SAFETENSORS, TORCH, Format
-from sllm_mini.lab.readers import safetensors_load_file, torch_load
+from sllm_mini.lab.formats.files import OURS, SAFETENSORS, TORCH, Format
+from sllm_mini.lab.formats.readers import safetensors_load_file, torch_load
 from sllm_mini.lab.table import Table
 from sllm_mini.loading import load_tensors
 

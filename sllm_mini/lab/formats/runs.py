@@ -19,13 +19,13 @@ from sllm_mini.device.kernels import host_sum64
 from sllm_mini.errors import LoadError
 from sllm_mini.lab.bench.conditions import make_cold, make_warm, resident_nbytes
 from sllm_mini.lab.counters import Counters, counted
-from sllm_mini.lab.formats import Format
-from sllm_mini.lab.readers import READERS, Reader, read_direct
+from sllm_mini.lab.formats.files import Format
+from sllm_mini.lab.formats.readers import READERS, Reader, read_direct
 
 if TYPE_CHECKING:
     import torch
 
-_PRELOADED = ["torch", "numpy", "safetensors.torch", "sllm_mini.lab.reader_runs"]
+_PRELOADED = ["torch", "numpy", "safetensors.torch", "sllm_mini.lab.formats.runs"]
 
 
 @dataclass(frozen=True, slots=True)

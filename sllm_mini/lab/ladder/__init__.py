@@ -1,0 +1,1 @@
+"""The ladder of loaders, reads and pages one by one, and the pipeline drawn and predicted (chapter 02)."""
