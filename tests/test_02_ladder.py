@@ -105,6 +105,14 @@ def test_the_top_rungs_keep_as_many_reads_under_way(checkpoint: Checkpoint) -> N
     assert {rung.threads for rung in LADDER[3:]} == {LoadOptions().threads}, "or a step would change two things"
 
 
+def test_a_load_in_place_reads_smaller_chunks_unless_told_otherwise(checkpoint: Checkpoint) -> None:
+    for target, options, nbytes in (("cpu", None, 4 << 20), ("cpu", LoadOptions(), 16 << 20), (RecordingRuntime().device(), None, 16 << 20)):
+        with start_load(checkpoint, target, options=options) as handle:
+            assert handle.report is not None and handle._pipeline is not None
+            assert handle._pipeline.flow.options.chunk_nbytes == nbytes
+            handle.wait()
+
+
 def test_each_rung_is_the_one_before_plus_one_idea() -> None:
     flags = ("bulk", "direct", "threads", "pinned", "pipelined")
     assert [rung.name for rung in LADDER] == ["by tensor", "bulk", "direct", "threads", "pinned", "pipeline"]
@@ -288,8 +296,11 @@ def test_a_pool_that_fits_no_load_says_so(checkpoint: Checkpoint) -> None:
     for bad in ({"chunk_nbytes": 1}, {"chunks": 0}):
         with pytest.raises(ValueError, match="pool keeps 1 chunk or more"):
             ChunkPool(device, **bad)
-    with ChunkPool(device, chunk_nbytes=2 * CHUNK_NBYTES) as pool, pytest.raises(ValueError, match="make them equal"):
-        load_tensors(checkpoint, options=SMALL, pool=pool)
+    gpu = RecordingRuntime().device()
+    with ChunkPool(gpu, chunk_nbytes=2 * CHUNK_NBYTES) as pool:
+        with pytest.raises(ValueError, match="make them equal"):
+            load_tensors(checkpoint, gpu, options=SMALL, pool=pool)
+        load_tensors(checkpoint, gpu, pool=pool)  # without options a load follows its pool
     with ChunkPool(device, chunk_nbytes=CHUNK_NBYTES) as pool:
         for target in (RecordingRuntime().device(), device):  # a load to a CPU reads in place
             with pytest.raises(ValueError, match="no chunk of this load passes through"):

@@ -335,20 +335,17 @@ def test_rounds_follow_the_speed_of_the_disk_and_names_do_not(folder: Folder) ->
     def rounds(shape: str) -> dict[str, int]:
         return {u.key: int(u.command[u.command.index("--rounds") + 1]) for u in plan_of(folder).units if f"load-{shape}-cuda-cold" in u.key}
 
-    found, slowest = [], plan_of(folder)
+    found = []
     for rate in (2e8, 2e9, 2e10):
         write_json(folder.results / "doctor.json", {"limits": {"disk_direct_read_bytes_per_second": rate}})
         found.append(rounds("llama-3.1-8b"))
-        slowest = plan_of(folder) if rate == 2e8 else slowest
         assert all(unit.seconds <= STAGE_SECONDS for unit in plan_of(folder).units)
-    assert found[0] == {}, "not even one round fits a unit on the slowest"
-    said = [reason for key, reason in slowest.skipped.items() if "load-llama-3.1-8b-cuda-cold" in key]
-    assert len(said) == 4 and all("a unit is ended after 450" in reason for reason in said)
-    assert found[1].keys() == found[2].keys() and len(found[1]) == 4
-    assert set(found[2].values()) == {5} and all(1 <= n < 5 for n in found[1].values())
+    assert found[0].keys() == found[1].keys() == found[2].keys() and len(found[0]) == 4
+    assert set(found[0].values()) == {1} and all(1 <= n <= m for n, m in zip(found[1].values(), found[2].values(), strict=True))
+    assert max(found[2].values()) > 1
     assert list(rounds("opt-125m").values()) == [5]  # one unit of all loaders
     (folder.results / "doctor.json").write_text("{")
-    assert rounds("opt-125m").keys() == {"bench/load-opt-125m-cuda-cold"}
+    assert rounds("llama-3.1-8b").keys() == found[0].keys()
 
 
 def test_the_parts_of_a_bench_are_all_of_its_loaders() -> None:
@@ -610,7 +607,7 @@ def test_an_installed_package_has_the_hash_of_its_checkout(tmp_path: Path) -> No
     shutil.copytree(CHECKOUT / "data" / "models", package / "_data" / "models", ignore=shutil.ignore_patterns("tiny"))
     code = "from sllm_mini.lab.recorded import code_hash; print(code_hash())"
     done = subprocess.run([sys.executable, "-c", code], cwd="/", env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == recorded.code_hash()
+    assert done.stdout.strip() == recorded.code_hash.__wrapped__()  # not the one that another test may have had kept
 
 
 # The command

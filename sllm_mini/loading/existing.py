@@ -54,7 +54,7 @@ def devices_of(checkpoint: Checkpoint, into: Mapping[str, torch.Tensor]) -> tupl
         if found != wanted:
             raise LoadError(f"{name!r} is {wanted[0]} {list(wanted[1])} there and cannot be put into {found[0]} {list(found[1])}", path=checkpoint.path)
         if not tensor.is_contiguous() or tuple(entry.stride) != tensor.stride():
-            raise LoadError(f"{name!r} is not contiguous and cannot be put into existing memory; use load_tensors", path=checkpoint.path)
+            raise LoadError(f"{name!r} is not contiguous and cannot be put into existing memory; load it without `into`", path=checkpoint.path)
         place = str(tensor.device)
         if place not in devices:
             devices[place] = get_device(place)

@@ -21,7 +21,8 @@ from sllm_mini.types import SpanRecorder
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a load is done. `chunk_nbytes`: bytes per read. `threads`: reads in flight. `ring_chunks`: chunks of host
+    """How a load is done. `chunk_nbytes`: bytes per read (a load in place that is given no options reads 4 MiB at a time,
+    see `IN_PLACE`). `threads`: reads in flight. `ring_chunks`: chunks of host
     memory on the way to a GPU, or to tensors that exist already. `direct`: read around the page cache where possible.
     `use_cached`: take from the page cache what it already holds. `map_cached`: on a CPU, map that instead of copying
     it; a mapped file must not be truncated in place while its tensors live (this package only ever replaces files
@@ -39,6 +40,12 @@ class LoadOptions:
             raise ValueError(f"chunk_nbytes is {self.chunk_nbytes:,}; it must be a positive multiple of {CHUNK_NBYTES:,}")
         if self.threads < 1 or self.ring_chunks < 1:
             raise ValueError("threads and ring_chunks must be at least 1")
+
+
+IN_PLACE = LoadOptions(chunk_nbytes=4 << 20)
+"""How a load straight into host memory is done unless told otherwise. Smaller reads are as fast there, and the reads
+under way do not end all at once, to be hashed one after another while the disk has nothing to do; on the way to a GPU
+each chunk costs a copy too, so there fewer and larger ones keep up with a faster link."""
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """The ladder: six loaders, each the one before plus one idea, up to the pipeline.
 
 The ablation of ServerlessLLM (OSDI'24) made runnable: what each idea is worth on this machine is the ratio of two
-neighbours. No rung checks hashes. The top rung is `load_tensors`; the others are kept as plain as their idea allows and
+neighbours. No rung checks hashes. The top rung is the pipeline of `load_tensors`; the others are kept as plain as their idea allows and
 are for measuring, not for use. Taught in chapter 02.
 
 Costs on a CPU: the model's own memory. On a GPU also one chunk of host memory per thread, and by tensor the largest
@@ -51,7 +51,7 @@ class Rung:
         """The plain tensors of a checkpoint on `device`. Raises LoadError for what cannot be read, OutOfMemoryError for
         what does not fit."""
         if self.pipelined:
-            with start_load(checkpoint, device, verify=False) as handle:
+            with start_load(checkpoint, device, verify=False, options=LoadOptions(READ_NBYTES, self.threads)) as handle:
                 handle.wait()
                 return dict(handle.tensors)
         if self.bulk:

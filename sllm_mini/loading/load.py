@@ -19,7 +19,7 @@ from sllm_mini.device.base import Buffer, Device
 from sllm_mini.device.cpu import HostMemory
 from sllm_mini.errors import LoadError
 from sllm_mini.loading.existing import devices_of, scatter
-from sllm_mini.loading.flow import Flow, LoadOptions
+from sllm_mini.loading.flow import IN_PLACE, Flow, LoadOptions
 from sllm_mini.loading.handle import LoadHandle
 from sllm_mini.loading.in_place import InPlace
 from sllm_mini.loading.pipeline import Pipeline, Target
@@ -57,9 +57,6 @@ def start_load(
     other or a pool that does not fit. Safe from several threads.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    options = options or LoadOptions()
-    if pool is not None and pool.chunk_nbytes != options.chunk_nbytes:
-        raise ValueError(f"the pool's chunks have {pool.chunk_nbytes:,} bytes and the load reads {options.chunk_nbytes:,} at a time; make them equal")
     if into is not None:
         if names is not None or device != "cpu":
             raise ValueError("with `into`, the tensors say what is loaded and where; leave out `device` and `names`")
@@ -70,6 +67,13 @@ def start_load(
         devices, prefixes = _number_devices(device if isinstance(device, Mapping) else {"": device}, checkpoint)
         wanted = None if names is None else _plain_names(checkpoint, names)
         device_of = partial(_by_prefix, prefixes) if len(prefixes) > 1 else lambda _: 0
+    if options is None:
+        in_place = into is None and all(target.is_host for target in devices)
+        options = IN_PLACE if in_place else LoadOptions() if pool is None else LoadOptions(chunk_nbytes=pool.chunk_nbytes)
+    if pool is not None and not any(_lends(pool, target) and (into is not None or not target.is_host) for target in devices):
+        raise ValueError(f"the pool has memory for {pool.device.name}, which no chunk of this load passes through; make it for the load's device")
+    if pool is not None and pool.chunk_nbytes != options.chunk_nbytes:
+        raise ValueError(f"the pool's chunks have {pool.chunk_nbytes:,} bytes and the load reads {options.chunk_nbytes:,} at a time; make them equal")
     granule = CHUNK_NBYTES if verify else BLOCK_NBYTES
     plan = plan_load(checkpoint.index, device_of, devices=len(devices), names=wanted, chunk_nbytes=options.chunk_nbytes, granule=granule)
     buffers: list[Buffer] = []
@@ -78,8 +82,6 @@ def start_load(
             for target, nbytes in zip(devices, plan.device_nbytes, strict=True):
                 buffers.append(target.allocate(nbytes))
         bases = [buffer.tensor() for buffer in buffers]
-        if pool is not None and not any(_lends(pool, target) and (into is not None or not target.is_host) for target in devices):
-            raise ValueError(f"the pool has memory for {pool.device.name}, which no chunk of this load passes through; make it for the load's device")
         handle = LoadHandle(checkpoint, plan, list(buffers))
         flow = Flow(checkpoint.index, options, verify=verify, recorder=recorder, on_chunk=handle._on_chunk)
         pipeline = Pipeline(checkpoint, plan, flow, handle._on_end)

@@ -12,17 +12,24 @@ import threading
 from types import TracebackType
 
 from sllm_mini.checkpoint.hashing import CHUNK_NBYTES
+from sllm_mini.device import get_device
 from sllm_mini.device.base import Device, HostBuffer
 
 
 class ChunkPool:
     """Chunks of the host memory that `device` copies from fastest. Safe from several threads and several loads; as a
-    context manager it closes itself. Raises ValueError for sizes that no load could use."""
+    context manager it closes itself. Raises ValueError for sizes that no load could use, DeviceError for a device that is
+    not there.
 
-    def __init__(self, device: Device, *, chunk_nbytes: int = 16 << 20, chunks: int = 8) -> None:
+        with ChunkPool("cuda") as pool:
+            load_tensors(first, "cuda", pool=pool)
+            load_tensors(second, "cuda", pool=pool)  # pins nothing
+    """
+
+    def __init__(self, device: str | Device, *, chunk_nbytes: int = 16 << 20, chunks: int = 8) -> None:
         if chunk_nbytes <= 0 or chunk_nbytes % CHUNK_NBYTES or chunks < 1:
             raise ValueError(f"a pool keeps 1 chunk or more of a positive multiple of {CHUNK_NBYTES:,} bytes; {chunks} of {chunk_nbytes:,} were asked for")
-        self.device, self.chunk_nbytes, self.chunks = device, chunk_nbytes, chunks
+        self.device, self.chunk_nbytes, self.chunks = get_device(device), chunk_nbytes, chunks
         self._lock = threading.Lock()
         self._kept: list[HostBuffer] = []
         self._closed = False
