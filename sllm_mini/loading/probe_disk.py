@@ -177,17 +177,18 @@ def seconds_to_read(fd: int, nbytes: int, chunk_nbytes: int, threads: int) -> fl
     def work(worker: int, stop: Event) -> None:
         mine = buffer.view[worker * chunk_nbytes : (worker + 1) * chunk_nbytes]
         while not stop.is_set() and (at := next(claims) * chunk_nbytes) < nbytes:
-            _read_whole(fd, mine[: min(chunk_nbytes, nbytes - at)], at)
+            read_whole(fd, mine[: min(chunk_nbytes, nbytes - at)], at)
 
     return run_threads(threads, work)
 
 
-def _read_whole(fd: int, into: memoryview, offset: int) -> None:
+def read_whole(fd: int, into: memoryview, offset: int) -> None:
+    """Fills `into` from `offset` of a file. Raises OSError if the file ends before that, or a read fails."""
     done = 0
     while done < len(into):
         got = os.preadv(fd, [into[done:]], offset + done)
         if got == 0:
-            raise OSError(f"the probe's file ended at byte {offset + done:,}, before what was written to it")
+            raise OSError(f"the file ended at byte {offset + done:,} while it was being read")
         done += got
 
 
@@ -214,7 +215,7 @@ def _copy_cached(fd: int, target: HostMemory, threads: int) -> float:
 
     def work(worker: int, stop: Event) -> None:
         while not stop.is_set() and (at := next(claims) * step) < target.nbytes:
-            _read_whole(fd, target.view[at : at + step], at)
+            read_whole(fd, target.view[at : at + step], at)
 
     return run_threads(threads, work)
 

@@ -20,6 +20,7 @@ from sllm_mini.device.cpu import HostMemory
 from sllm_mini.errors import LoadError
 from sllm_mini.lab.bench.conditions import back_memory, make_cold
 from sllm_mini.lab.counters import counted
+from sllm_mini.loading.probe_disk import read_whole
 from sllm_mini.loading.probe_samples import run_threads
 
 MIB = 1 << 20
@@ -81,7 +82,7 @@ def _sample(fd: int, file_nbytes: int, memory: HostMemory, point: InFlight, samp
     def work(worker: int, stop: threading.Event) -> None:
         mine = memory.view[worker * size : (worker + 1) * size]
         while not stop.is_set() and (start := time.perf_counter()) < end:
-            _read(fd, mine, next(claims) % places * size)
+            read_whole(fd, mine, next(claims) % places * size)
             waits.append(time.perf_counter() - start)
 
     seconds = run_threads(point.threads, work)
@@ -157,7 +158,7 @@ def _fill(fd: int, pages: Pages, nbytes: int, threads: int, chunk_nbytes: int) -
         while not stop.is_set() and (number := next(claims)) < len(made):
             if ahead:
                 made[number].wait()
-            _read(fd, memory.view[number * chunk_nbytes : (number + 1) * chunk_nbytes], number * chunk_nbytes)
+            read_whole(fd, memory.view[number * chunk_nbytes : (number + 1) * chunk_nbytes], number * chunk_nbytes)
 
     with counted() as counters:
         start = time.perf_counter()
@@ -187,12 +188,3 @@ def _opened(path: Path) -> Iterator[tuple[int, bool]]:
         yield fd, direct
     finally:
         os.close(fd)
-
-
-def _read(fd: int, view: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(view):
-        got = os.preadv(fd, [view[done:]], offset + done)
-        if got == 0:
-            raise OSError(f"the file ended at byte {offset + done:,} while it was being read")
-        done += got
