@@ -439,6 +439,28 @@ def test_pages_are_backed_once_and_never_under_a_mapping(checkpoint: Checkpoint,
     assert backed[0] == (checkpoint.nbytes if cold else 0)
 
 
+def test_views_made_after_a_failure_are_dropped_again(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a handle that is kept for its error would keep the model's memory."""
+    real = load.restore_tensors
+
+    def read(*_: object, **__: object) -> bool:
+        raise LoadError("the disk is on fire")
+
+    def restore(*args: object) -> object:
+        for thread in threading.enumerate():
+            if thread.name.startswith("sllm-"):
+                thread.join(20)
+        return real(*args)  # type: ignore[arg-type]
+
+    cached(checkpoint, drop=True)
+    monkeypatch.setattr(PartitionReader, "read", read)
+    monkeypatch.setattr(load, "restore_tensors", restore)
+    handle = start_load(checkpoint, options=SMALL)
+    assert handle.done and handle._tensors == {}
+    with pytest.raises(LoadError, match="on fire"):
+        handle.wait()
+
+
 def test_pages_are_backed_ahead_of_the_reads(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the first read is in flight, the memory of all the others is made ready."""
     cached(checkpoint, drop=True)
