@@ -571,6 +571,7 @@ def test_of_a_file_that_belongs_to_somebody_else_nothing_is_believed(checkpoint:
     """The kernel refuses cachestat there, and its mincore calls every page resident."""
 
     class Refusing:
+        code = 0
         mmap, munmap, mincore = residency._libc.mmap, residency._libc.munmap, residency._libc.mincore
 
         def syscall(self, *_: object) -> int:
@@ -580,7 +581,7 @@ def test_of_a_file_that_belongs_to_somebody_else_nothing_is_believed(checkpoint:
     libc = Refusing()
     cached(checkpoint, drop=True)
     monkeypatch.setattr(residency, "_libc", libc)
-    for libc.code in (errno.EPERM, errno.ENOSYS):  # type: ignore[attr-defined]
+    for libc.code in (errno.EPERM, errno.ENOSYS):
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
         monkeypatch.setattr(os, "access", lambda *_: False)
         handle = start_load(checkpoint, options=SMALL)
