@@ -63,6 +63,8 @@ def assert_equal(found: dict[str, torch.Tensor], saved: dict[str, torch.Tensor])
 
 def cached(checkpoint: Checkpoint, *, drop: bool = False) -> int:
     """Bytes of the data files that the page cache holds."""
+    if drop:
+        gc.collect()  # pages that a dead load's tensors still map would stay
     total = 0
     for number, entry in enumerate(checkpoint.index.partitions):
         fd = checkpoint.open_partition(number)
@@ -75,6 +77,7 @@ def cached(checkpoint: Checkpoint, *, drop: bool = False) -> int:
             total += cached_nbytes(fd, 0, entry.file_nbytes) or 0
         finally:
             os.close(fd)
+    assert not (drop and total), f"{total} bytes stay in the page cache"
     return total
 
 

@@ -22,6 +22,9 @@ from itertools import count
 from threading import Event
 
 import numpy as np
+# Here and not where it is used: while numpy.random is being imported a Ctrl-C is swallowed, and numpy puts it off
+# until the first use, which would be in the midst of measuring.
+from numpy.random import default_rng
 
 from sllm_mini.device.cpu import HostMemory, available_nbytes, cpu_count
 from sllm_mini.errors import SllmError
@@ -123,7 +126,7 @@ def _write(buffered_fd: int, direct_fd: int, nbytes: int, deadline: Deadline) ->
     fd = direct_fd if direct_fd >= 0 else buffered_fd
     buffer = HostMemory(_WRITE_NBYTES, populate=True)
     words = np.frombuffer(buffer.view, dtype=np.uint64)
-    generator = np.random.default_rng(0)
+    generator = default_rng(0)
     written, seconds = 0, 0.0
     while written + _WRITE_NBYTES <= nbytes and not (written and deadline.passed):
         words[:] = generator.integers(0, 1 << 64, size=words.size, dtype=np.uint64)
