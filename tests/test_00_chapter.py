@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 
 from sllm_mini.checkpoint import save_checkpoint, verify_checkpoint
 from sllm_mini.errors import CheckpointExistsError, ResourceError
-from sllm_mini.lab import models, picture, recorded
+from sllm_mini.lab import house, models, picture, recorded
 from sllm_mini.lab.anatomy import ColdStart
 from sllm_mini.lab.rungs import FIRST_TOKEN, ladder_table, median_rungs, plot_rungs, rung_seconds, rungs_alt_text
 from sllm_mini.types import Span, Warmth
@@ -151,6 +152,35 @@ def test_the_readme_picture_is_drawn_from_a_measured_start(monkeypatch: pytest.M
     monkeypatch.setattr(picture, "tiny_checkpoint", lambda: SimpleNamespace(path=tmp_path))
     assert picture.main([str(tmp_path / "images" / "p.png")]) == 0
     assert (tmp_path / "images" / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_house_shows_as_built_what_can_be_imported() -> None:
+    from matplotlib import pyplot
+
+    specs = {name: importlib.util.find_spec(f"sllm_mini.{name}") for name in house.room_names()}
+    there = {name for name, spec in specs.items() if spec is not None and spec.origin is not None}  # a folder alone has none
+    assert set(house.built_rooms()) == there and {"wire", "lab"} <= there
+    axes = house.draw_house(("loading",))
+    rooms = [patch for patch in axes.patches if type(patch).__name__ == "FancyBboxPatch"]
+    walls = dict(zip(house.room_names(), (patch.get_linestyle() for patch in rooms), strict=True))
+    assert {name for name, wall in walls.items() if wall in ("-", "solid")} == there
+    pyplot.close("all")
+
+
+def test_a_room_stands_as_soon_as_its_module_exists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(house, "_PACKAGE", tmp_path)
+    assert house.built_rooms() == ()
+    (tmp_path / "control").mkdir()  # a folder without a module in it is no room yet
+    (tmp_path / "wire.py").touch()
+    assert house.built_rooms() == ("wire",) and "standing already are wire;" in house.house_alt_text(())
+    (tmp_path / "control" / "__init__.py").touch()
+    assert house.built_rooms() == ("wire", "control")
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_leaves_it_to_the_house_what_stands(path: Path) -> None:
+    code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    assert "draw_house(lit=" in code and "standing" not in code
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)

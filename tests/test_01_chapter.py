@@ -15,6 +15,7 @@ import torch
 
 from sllm_mini.checkpoint import Checkpoint, convert_checkpoint, open_checkpoint
 from sllm_mini.errors import LoadError, ResourceError
+from sllm_mini.lab import models
 from sllm_mini.lab.counters import Counters
 from sllm_mini.lab.formats import damage
 from sllm_mini.lab.formats import files as formats
@@ -262,15 +263,15 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.mark.parametrize(("memory", "disk", "expected"), [(64e9, 500e9, "qwen2.5-0.5b"), (2e9, 500e9, "opt-125m"), (64e9, 2e9, "opt-125m"), (1e8, 1e12, None)])
 def test_the_model_fits_three_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Checkpoint, memory: float, disk: float, expected: str | None) -> None:
-    for name in formats._SIZES:
+    for name in models._FORMATS_SIZES:
         shutil.copytree(tiny.path, tmp_path / name)
-    monkeypatch.setattr(formats, "available_nbytes", lambda: int(memory))
+    monkeypatch.setattr(models, "available_nbytes", lambda: int(memory))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, int(disk)))
     if expected is None:
         with pytest.raises(ResourceError, match="fits"):
-            formats.formats_checkpoint(tmp_path)
+            models.formats_checkpoint(tmp_path)
     else:
-        assert formats.formats_checkpoint(tmp_path).path.name == expected
+        assert models.formats_checkpoint(tmp_path).path.name == expected
 
 
 def test_the_defects_table_names_tests_that_exist() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from sllm_mini.cli import bench as bench_command
 from sllm_mini.cli import main
 from sllm_mini.errors import CheckpointError, FormatError, OutOfMemoryError, UnsupportedError
 from sllm_mini.lab.bench import (
@@ -29,12 +32,13 @@ from sllm_mini.lab.bench import (
     read_document,
     roofline_alt_text,
     rows_of,
+    words,
 )
 from sllm_mini.lab.bench import conditions as conditions_module
 from sllm_mini.lab.bench.checksum import sum_files, sum_tensors
 from sllm_mini.lab.bench.conditions import back_memory, make_cold, make_warm
 from sllm_mini.lab.bench.document import assemble, limit_of, load_part, ratios
-from sllm_mini.lab.bench.entry import SOURCE, Entry
+from sllm_mini.lab.bench.entry import SOURCE, STATES, Entry
 from sllm_mini.lab.bench.limits import Sample, collect, disk_samples
 from sllm_mini.lab.bench.measure import Run, Series, measure_rounds, plan_groups, plan_rounds
 from sllm_mini.lab.bench.ours import MAPPED, REFERENCE
@@ -357,13 +361,16 @@ def test_what_a_loader_keeps_is_seen(faked: tuple[Run, list[str]], model: Path) 
 
 def test_a_sample_holds_the_load_the_sum_and_what_the_kernel_counted(faked: tuple[Run, list[str]]) -> None:
     run, _ = faked
+    shares: dict[str, list[float]] = {"cold": [], "warm": []}
     for series in run.series:
         for sample in series.samples.values():
             assert 0 < sample["load_seconds"] < sample["seconds"]
             assert sample["counters"]["minor_faults"] > 0
-            from_disk = sample["counters"]["disk_nbytes"]
-            if from_disk is not None:
-                assert from_disk > 0.9 * sample["nbytes"] if series.state == "cold" else from_disk < 0.1 * sample["nbytes"]
+            if sample["counters"]["disk_nbytes"] is not None:
+                shares[series.state].append(sample["counters"]["disk_nbytes"] / sample["nbytes"])
+    assert all(share > 0.9 for share in shares["cold"])
+    # Another process may empty the page cache at any moment, but not at every one.
+    assert min(shares["warm"], default=0.0) < 0.1
 
 
 def test_limits_that_fail_in_a_round_lose_that_round_s_limits_only(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,6 +533,70 @@ def test_the_table_says_what_the_picture_shows() -> None:
     assert "the disk" in table.note and table.emphasis == {0}
 
 
+def test_a_share_says_what_it_is_of_and_what_one_above_1_means() -> None:
+    document = made_document()
+    assert "less the sum over every byte" in bench_table(document, "cold").note and "Above 1" not in bench_table(document, "cold").note
+    assert "Above 1: the model is too small" in bench_table(document, "warm").note  # ours: 2.00
+    for row_ in document["results"]:
+        row_["ratio_to_limit"] = 1.004  # reads as 1.00
+    assert "Above 1" not in bench_table(document, "cold").note
+    for row_ in document["results"]:
+        row_["limit"] = row_["ratio_to_limit"] = None
+    assert bench_table(document, "cold").note == ""
+
+
+def test_one_round_has_no_spread() -> None:
+    cells = {cells[0]: cells for cells in bench_table(made_document(), "warm").rows}
+    assert cells[REFERENCE][3] == "one round" and cells[REFERENCE][5] == "1.00" and cells["peer"][5] == "0.40"
+    ours, peer = Entry(REFERENCE, "ours", "m:f"), Entry("peer", "peer", "m:f")
+    series = [Series(ours, "cold", 0, {0: sample(1.0), 1: sample(2.0)}), Series(peer, "cold", 0, {1: sample(3.0), 2: sample(4.0)})]
+    facts = {"model": {"name": "made up"}}
+    document = assemble(Run(series=series), nbytes=1, device="cpu", reference=REFERENCE, facts=facts)
+    assert row(document, "peer", "cold")["ratio_to_reference_samples"] == [1.5]
+    cells = {cells[0]: cells for cells in bench_table(document, "cold").rows}
+    assert cells["peer"][3] == "3.00 s – 4.00 s" and cells["peer"][5] == "1.50"  # one round that both lived through
+    assert cells[REFERENCE][5] == "1.00 (1.00 – 1.00)"
+
+
+def test_a_limit_names_its_setting_and_how_far_its_rounds_lie_apart() -> None:
+    measured = [Measurement("disk_direct_read", "a", 8, (1.0, 4.0, 2.0)), Measurement("disk_direct_read", "b", 8, (0.5, 8.0, 8.0)), Measurement("memory_copy", "c", 8, (1.0,))]
+    document = assemble(Run(limits=measured), nbytes=8, device="cpu", reference=REFERENCE, facts={})
+    best = document["limit_settings"]["disk_direct_read"]
+    assert best == {
+        "setting": "a", "settings_tried": 2, "samples": [1.0, 4.0, 2.0],
+        "bytes_per_second_median": 4.0, "bytes_per_second_min": 2.0, "bytes_per_second_max": 8.0,
+    }  # fmt: skip
+    assert document["limits"]["disk_direct_read_bytes_per_second"] == best["bytes_per_second_median"]
+
+
+def test_the_printed_table_says_settings_spreads_and_shares(capsys: pytest.CaptureFixture[str]) -> None:
+    document = made_document()
+    bench_command._print(document)
+    lines = capsys.readouterr().out.splitlines()
+    (disk,) = [line for line in lines if line.startswith("disk, direct read")]
+    assert "10 B/s (one round), a, the best of 2 settings" in disk
+    (mapped,) = [line for line in lines if line.startswith("a mapped file") and "B/s" in line]
+    assert mapped.split() == ["a", "mapped", "file", "20", "B/s"]
+    assert [line.startswith("Against the disk stands the load alone") for line in lines].count(True) == 1
+    assert [line.startswith("Against a mapped file stands the load alone") and "Above 1" in line for line in lines].count(True) == 1
+    assert any(line.startswith("Cold: every byte from the disk") for line in lines)
+    assert "2.00 (1.00 – 2.50)" in "\n".join(lines) and any("one round" in line and line.endswith("0.40") for line in map(str.rstrip, lines))
+    document["limit_settings"]["disk_direct_read"] |= {"samples": [1.0, 2.0], "bytes_per_second_min": 5.0, "settings_tried": 1}
+    bench_command._print(document)
+    assert "10 B/s (5 B/s – 10 B/s), a\n" in re.sub(" +\n", "\n", capsys.readouterr().out)
+
+
+def test_words_cover_every_limit_and_state() -> None:
+    names = (words.DISK, words.LINK, words.MAPPED_FILE, words.COPY)
+    for slowest in names:
+        rates = {f"{name}_bytes_per_second": 1.0 if name == slowest else 2.0 for name in names}
+        for state, device in product(STATES, ("cpu", "cuda:0")):
+            name, _ = limit_of(state, device, rates, 1)
+            assert name in words.LIMIT_NOUNS and (state == "warm" or name in words.COLD_LIMITS)
+    assert set(words.STATE_TITLES) == set(words.STATE_SOURCES) == set(STATES)
+    assert {f"{name}_bytes_per_second" for name in words.LIMIT_LABELS} == set(rates)
+
+
 # The loaders and the command
 
 
@@ -536,8 +607,9 @@ def test_every_loader_is_named_once_and_asked_for_by_its_beginning() -> None:
     kept = [entry.name for entry in entries(only=["torch"])]
     assert kept == [REFERENCE, "torch.load", "torch.load, mmap", MAPPED]
     assert MAPPED not in [entry.name for entry in entries("cuda:0")]
-    with pytest.raises(UnsupportedError, match="no loader 'tarball'"):
-        entries(only=["tarball"])
+    for wrong in ("tarball", "Torch"):
+        with pytest.raises(UnsupportedError, match=f"no loader '{wrong}'.*upper and lower case as here: .*'torch.load', 'torch.load, mmap'"):
+            entries(only=[wrong])
 
 
 Command = Callable[..., tuple[int, str, str]]

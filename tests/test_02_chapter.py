@@ -56,6 +56,7 @@ def _no_figure_stays() -> Iterator[None]:
 def row(name: str, kind: str, samples: list[float], state: str = "cold", ratio: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> dict[str, Any]:
     median = sorted(samples)[len(samples) // 2]
     found: dict[str, Any] = {"name": name, "kind": kind, "state": state, "setting": "", "nbytes": 10**9, "samples": samples, "seconds_median": median}
+    found |= {"rounds": list(range(len(samples))), "ratio_to_reference_samples": list(ratio)}
     found |= dict(zip(("ratio_to_reference_median", "ratio_to_reference_min", "ratio_to_reference_max"), ratio, strict=True))
     return found | {f"{counter}_median": value for counter, value in COUNTED.items()}
 
@@ -96,9 +97,11 @@ def test_a_sum_that_is_all_there_is_is_not_taken_off() -> None:
     assert steps[0].seconds == pytest.approx(0.1)
 
 
-def test_rounds_that_cannot_be_told_apart_give_the_widest_bracket() -> None:
-    factor = ladder_plots.ladder_steps(bench({"by tensor": [1.1, 2.1], "bulk": [0.6]}))[1].factor
-    assert factor is not None and (factor.least, factor.most) == pytest.approx((2.0, 4.0))
+def test_only_rounds_that_both_rungs_have_are_compared() -> None:
+    document = bench({"by tensor": [1.1, 2.1], "bulk": [0.6, 0.35]})
+    next(found for found in document["results"] if found["name"].endswith("bulk"))["rounds"] = [1, 7]
+    factor = ladder_plots.ladder_steps(document)[1].factor
+    assert factor is not None and (factor.least, factor.most) == pytest.approx((4.0, 4.0))
 
 
 def test_the_ladder_says_what_it_shows() -> None:
@@ -299,3 +302,11 @@ def test_every_link_of_the_contents_has_its_heading() -> None:
     links = re.findall(r"\]\(#([^\n]*?)\)(?: ·|\n|$)", cells[0].source)
     headings = {line[3:].strip().replace(" ", "-") for cell in cells for line in cell.source.splitlines() if line.startswith("## ")}
     assert len(links) == 12 and set(links) <= headings
+def test_what_the_ladder_lost_is_said_in_one_line() -> None:
+    from sllm_mini.lab.ladder.runs import refused_text
+
+    lost = [("ladder: direct, cold, round 2", "9 of 10 bytes\nstay"), ("limits, round 3", "9 of 10 bytes stay"), ("ladder: by tensor", "it died")]
+    others = [("sllm_mini load_tensors, cold, round 1", "not a rung"), ("disk_direct_read", "no limit")]
+    text = refused_text({"skipped": [{"name": name, "reason": reason} for name, reason in lost + others]})
+    assert text.endswith(": direct in round 2, limits in round 3 (9 of 10 bytes stay); by tensor in every round (it died).")
+    assert refused_text({"skipped": [{"name": name, "reason": reason} for name, reason in others]}) == "No round of a rung was refused."

@@ -19,11 +19,12 @@ import torch
 from sllm_mini.checkpoint import Checkpoint, WriteOptions, save_checkpoint
 from sllm_mini.checkpoint.hashing import CHUNK_NBYTES
 from sllm_mini.device import get_device
+from sllm_mini.device.base import HostBuffer
 from sllm_mini.device.cpu import HostMemory
 from sllm_mini.device.cuda_runtime import OUT_OF_MEMORY
 from sllm_mini.device.fake import RecordingRuntime
 from sllm_mini.errors import DeviceError, IntegrityError, LoadError, OutOfMemoryError
-from sllm_mini.loading import ChunkPool, LoadOptions, ladder, load, load_tensors, residency, start_load
+from sllm_mini.loading import ChunkPool, LoadOptions, in_place, ladder, load, load_tensors, residency, start_load
 from sllm_mini.loading.in_place import InPlace
 from sllm_mini.loading.ladder import LADDER, Rung
 from sllm_mini.loading.reader import PartitionReader
@@ -213,6 +214,7 @@ def test_a_load_into_some_tensors_leaves_the_others_alone(checkpoint: Checkpoint
         ({"odd": torch.zeros(7, 3, dtype=torch.bfloat16)}, r"\[3, 7\] there and cannot be put into bfloat16 \[7, 3\]"),
         ({"model.layers.1.w": torch.zeros(517, 900).t()}, "not contiguous"),
         ({"columns": torch.zeros(517, 900)}, "not contiguous"),
+        ({"scalar": torch.tensor(1, device="meta")}, "'scalar' is on meta, and nothing can be loaded there"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_before_anything_is_written(checkpoint: Checkpoint, into: dict[str, torch.Tensor], says: str) -> None:
@@ -227,6 +229,14 @@ def test_into_says_what_is_loaded_and_where(checkpoint: Checkpoint) -> None:
     for more in ({"names": ["scalar"]}, {"device": "cuda"}):
         with pytest.raises(ValueError, match="leave out"):
             load_tensors(checkpoint, into=into, **more)
+
+
+def test_into_that_maps_no_names_to_tensors_is_refused(checkpoint: Checkpoint) -> None:
+    tensor = torch.tensor(1)
+    with pytest.raises(TypeError, match="`into` is a list; give a mapping from names"):
+        load_tensors(checkpoint, into=[tensor])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`into` has a ndarray under 'scalar'"):
+        load_tensors(checkpoint, into={"scalar": tensor.numpy()})  # type: ignore[dict-item]
 
 
 def test_existing_tensors_on_a_gpu_are_filled_piece_by_piece(checkpoint: Checkpoint, saved: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +301,29 @@ def test_a_pool_that_is_closed_keeps_nothing_that_comes_back() -> None:
     pool.close()
     assert runtime.live_pinned_nbytes() == CHUNK_NBYTES
     pool.give(lent)
+    assert runtime.live_pinned_nbytes() == pool.nbytes == 0
+
+
+def test_a_closed_pool_is_refused_by_later_loads_and_serves_those_under_way(
+    checkpoint: Checkpoint, saved: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = RecordingRuntime()
+    device = runtime.device()
+    pool = ChunkPool(device, chunk_nbytes=CHUNK_NBYTES, chunks=2)
+    go, real = threading.Event(), ChunkPool.take
+
+    def take(self: ChunkPool) -> HostBuffer:
+        assert go.wait(20)
+        return real(self)
+
+    monkeypatch.setattr(ChunkPool, "take", take)
+    handle = start_load(checkpoint, device, verify=False, options=SMALL, pool=pool)
+    pool.close()
+    for use in (pool.fill, lambda: start_load(checkpoint, device, options=SMALL, pool=pool)):
+        with pytest.raises(ValueError, match="the pool was closed; make a new one"):
+            use()
+    go.set()
+    assert_equal(handle.wait(), saved)
     assert runtime.live_pinned_nbytes() == pool.nbytes == 0
 
 
@@ -419,11 +452,12 @@ def test_a_failure_while_views_are_made_ends_the_load(checkpoint: Checkpoint, mo
 @pytest.mark.parametrize("cold", [True, False])
 def test_pages_are_backed_once_and_never_under_a_mapping(checkpoint: Checkpoint, saved: dict[str, torch.Tensor], cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the readers are always faster; backing what is mapped already would copy it."""
-    if cold:
-        cached(checkpoint, drop=True)
-    else:
+    cached(checkpoint, drop=True)
+    if not cold:  # some of each file: of one that is cached whole nothing is backed ahead
         for entry in checkpoint.index.partitions:
-            (checkpoint.path / entry.file).read_bytes()
+            with open(checkpoint.path / entry.file, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                file.read(CHUNK_NBYTES)
     backed = [0]
     real_ahead, real_populate = InPlace._back_ahead, HostMemory.populate
 
@@ -438,8 +472,45 @@ def test_pages_are_backed_once_and_never_under_a_mapping(checkpoint: Checkpoint,
 
     monkeypatch.setattr(InPlace, "_back_ahead", ahead)
     monkeypatch.setattr(HostMemory, "populate", populate)
-    assert_equal(load_tensors(checkpoint, options=SMALL), saved)
-    assert backed[0] == (checkpoint.nbytes if cold else 0)
+    handle = start_load(checkpoint, options=SMALL)
+    assert_equal(handle.wait(), saved)
+    assert (handle.report.mapped_nbytes == 0) == cold
+    assert backed[0] == checkpoint.nbytes - handle.report.mapped_nbytes
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_file_in_the_page_cache_is_mapped_in_one_call_by_few_threads(checkpoint: Checkpoint, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for entry in checkpoint.index.partitions:
+        (checkpoint.path / entry.file).read_bytes()
+    if not whole:
+        fd = checkpoint.open_partition(0)
+        os.posix_fadvise(fd, 0, CHUNK_NBYTES, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+    asked, maps, names, real, real_map, real_start = [0], [0], [], PartitionReader.is_cached, HostMemory.map_file, threading.Thread.start
+
+    def is_cached(self: PartitionReader, offset: int, nbytes: int) -> bool:
+        asked[0] += 1
+        return real(self, offset, nbytes)
+
+    def map_file(self: HostMemory, *args: int, populate: bool = True) -> None:
+        maps[0] += 1
+        real_map(self, *args, populate=populate)
+
+    def start(self: threading.Thread) -> None:
+        names.append(self.name.split("-")[1])
+        real_start(self)
+
+    monkeypatch.setattr(PartitionReader, "is_cached", is_cached)
+    monkeypatch.setattr(HostMemory, "map_file", map_file)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(in_place, "cpu_count", lambda: 2)
+    handle = start_load(checkpoint, options=SMALL)
+    handle.wait()
+    assert (handle.report.mapped_nbytes == checkpoint.nbytes) == whole
+    files, chunks = len(checkpoint.index.partitions), -(-checkpoint.index.partitions[0].nbytes // CHUNK_NBYTES)
+    assert asked[0] == files + (0 if whole else chunks)
+    assert maps[0] == files + (0 if whole else chunks - 2), "of the other file one chunk is read, the others are mapped singly"
+    assert names == ["read", "read", "load"] if whole else ["pages", "read", "read", "read", "load"]
 
 
 def test_views_made_after_a_failure_are_dropped_again(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,6 +623,7 @@ def test_an_error_that_nobody_foresaw_while_closing_is_told(checkpoint: Checkpoi
 @pytest.mark.parametrize("position", range(5))
 def test_a_ctrl_c_while_threads_start_leaves_nothing(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, position: int) -> None:
     real, started = threading.Thread.start, iter(range(100))
+    cached(checkpoint, drop=True)
     descriptors = len(os.listdir("/proc/self/fd"))
 
     def start(self: threading.Thread) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from sllm_mini.device.cpu import CpuDevice, HostMemory
 from sllm_mini.device.fake import RecordingRuntime
-from sllm_mini.errors import OutOfMemoryError
+from sllm_mini.errors import LoadError, OutOfMemoryError
 from sllm_mini.loading import probe, probe_disk, probe_kernel, probe_memory
 from sllm_mini.loading.probe_samples import Deadline, Measurement, Samples, run_threads, sample_in_rounds
 
@@ -190,8 +190,9 @@ def test_a_probe_reads_every_byte_once(
 
 def test_a_file_that_shrinks_under_a_read_is_an_error_and_no_endless_loop(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(100))
-    with open(tmp_path / "file", "rb") as file, pytest.raises(OSError, match="ended at byte 100"):
+    with open(tmp_path / "file", "rb") as file, pytest.raises(LoadError, match="ends here") as caught:
         probe_disk.seconds_to_read(file.fileno(), 4096, 4096, 1)
+    assert caught.value.offset == 100
 
 
 def test_a_file_system_without_direct_reads_is_measured_without_them(

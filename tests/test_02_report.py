@@ -22,11 +22,13 @@ from sllm_mini.lab import recorded
 from sllm_mini.lab.report import __main__ as command
 from sllm_mini.lab.report import host as host_module
 from sllm_mini.lab.report import plan as plan_module
-from sllm_mini.lab.report.archive import record, write_archive
+from sllm_mini.lab.report import record as record_module
+from sllm_mini.lab.report.archive import write_archive
 from sllm_mini.lab.report.folder import REHEARSAL, Folder, ReportError, write_json
 from sllm_mini.lab.report.host import Host, look
 from sllm_mini.lab.report.plan import SHAPES, Table
 from sllm_mini.lab.report.process import MARK, run_limited
+from sllm_mini.lab.report.record import record, record_chapters
 from sllm_mini.lab.report.runner import Call, Runner, select
 from sllm_mini.lab.report.summary import headlines, write_summary
 from sllm_mini.lab.report.unit import STAGE_SECONDS, Plan, Product, Unit
@@ -546,6 +548,62 @@ def test_an_archive_that_names_places_elsewhere_writes_nothing_there(folder: Fol
     assert written == tmp_path / "a" / "results" / "up" / "escaped.json"
 
 
+def executed_chapter(folder: Folder, chapters: Path, source: dict[str, Any]) -> str:
+    """Runs a unit that stands for a chapter: its copy has outputs, as `lab.report.chapter` leaves it. Returns its text."""
+    chapters.mkdir(exist_ok=True)
+    write_json(chapters / "00_x.ipynb", source)
+    done = {**source, "cells": [{**cell, "outputs": [{"output_type": "stream", "name": "stdout", "text": ["H200\n"]}], "execution_count": 1} for cell in source["cells"]]}
+    copy = f"import json; json.dump({done!r}, open({str(folder.chapters / '00_x.ipynb')!r}, 'w'))"
+    run(folder, unit("00_x", copy, stage="chapters"), code=recorded.code_hash())
+    return json.dumps(done, indent=1) + "\n"
+
+
+CELL = {"cell_type": "code", "id": "a", "metadata": {}, "source": ["1"], "outputs": [], "execution_count": None}
+CHAPTER = {"cells": [CELL], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+
+
+def test_executed_chapters_come_only_when_asked_for(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded_run(folder)
+    monkeypatch.setattr(command, "_checkout", lambda: tmp_path)
+    monkeypatch.setattr(record_module, "resource", lambda name: tmp_path / name)
+    target, wanted = tmp_path / "chapters" / "00_x.ipynb", executed_chapter(folder, tmp_path / "chapters", CHAPTER)
+    before, archive = target.read_text(), str(write_archive(folder))
+    assert command.main(["record", archive]) == 0 and target.read_text() == before
+    assert command.main(["record", archive, "--chapters"]) == 0 and target.read_text() == wanted
+    assert capsys.readouterr().out.splitlines()[-1] == str(target)
+    assert command.main(["record", archive, "--chapters"]) == 0 and target.read_text() == wanted  # again: outputs are no difference
+
+
+def test_a_chapter_that_is_not_the_one_at_hand_is_not_brought(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded_run(folder)
+    executed_chapter(folder, tmp_path / "chapters", CHAPTER)
+    archive, target = write_archive(folder), tmp_path / "chapters" / "00_x.ipynb"
+
+    def refused(why: str) -> None:
+        before = target.read_text() if target.exists() else None
+        brought, (reason,) = record_chapters(archive, tmp_path / "chapters")
+        assert not brought and why in reason and (target.read_text() if target.exists() else None) == before
+
+    for other in ({**CELL, "source": ["2"]}, {**CELL, "id": "b"}, {**CELL, "cell_type": "markdown"}):
+        write_json(target, {**CHAPTER, "cells": [other]})
+        refused("its cells are not those")
+    write_json(target, CHAPTER)
+    with monkeypatch.context() as patch:
+        patch.setattr(record_module, "code_hash", lambda: "other")
+        refused("and here is other")
+    (folder.chapters / "00_x.ipynb").unlink()
+    archive = write_archive(folder)
+    refused("too large for the archive")
+    (folder.chapters / "00_x.ipynb").write_text(picture_notebook(300_000))
+    archive = write_archive(folder, limit_nbytes=100_000)
+    refused("too large for the archive")
+    write_json(folder.chapters / "00_x.ipynb", {**CHAPTER, "cells": "none"})
+    archive = write_archive(folder)
+    refused("its cells are not those")
+    target.unlink()
+    refused("its cells are not those")
+
+
 # The stamp of recorded runs
 
 
@@ -621,6 +679,23 @@ def test_without_a_gpu_there_is_nothing_to_report_but_a_rehearsal(tmp_path: Path
     with pytest.raises(SystemExit) as caught:
         command.main(["--budget", "soon"])
     assert caught.value.code == 2
+
+
+def test_the_list_needs_no_gpu_and_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "_ask_for_gpu", lambda rehearsal: (None, "no driver"))
+    out = tmp_path / "a" / "b"
+    assert command.main(["--list", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for words in ("machine/doctor: about 40 s", "tests/gpu: about", "bench/load-small-cuda-cold: about", "chapters/", "no CUDA GPU here (no driver)"):
+        assert words in printed
+    assert command.main(["--list", "--out", str(out), "chapters", "summary"]) == 0
+    printed = capsys.readouterr().out
+    assert "chapters/" in printed and "bench/" not in printed
+    assert command.main(["--list", "--out", str(out), "banch"]) == 1 and "no stage or unit is called 'banch'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    Folder(out, rehearsal=False)
+    before = sorted(tmp_path.rglob("*"))
+    assert command.main(["--list", "--out", str(out)]) == 0 and sorted(tmp_path.rglob("*")) == before
 
 
 BARE = """

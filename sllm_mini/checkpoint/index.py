@@ -18,13 +18,12 @@ import msgspec
 
 from sllm_mini.checkpoint.dtypes import ITEM_NBYTES
 from sllm_mini.checkpoint.hashing import CHUNK_NBYTES, DIGEST_HEX, LEAF_NBYTES, bytes_digest
+from sllm_mini.device.kernels import BLOCK_NBYTES
 from sllm_mini.errors import FormatError
 
 MAGIC = "sllm-mini-checkpoint"
 VERSION = 1
 INDEX_FILE = "index.json"
-BLOCK_NBYTES = 4096
-"""Partitions are padded to this, so that a direct read of any whole block of any of them is aligned."""
 TENSOR_ALIGNMENT = 256
 """Tensors that own their storage start on a multiple of this, as a GPU allocator would place them."""
 MAX_INDEX_NBYTES = 256 << 20

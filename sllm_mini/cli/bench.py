@@ -16,16 +16,10 @@ from sllm_mini.lab.units import nbytes_text, rate_text, seconds_text
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from sllm_mini.lab.bench.entry import State
+
 app = typer.Typer(help="Measure loaders against each other and this machine.", no_args_is_help=True)
 
-_LIMITS = {
-    "disk_direct_read_bytes_per_second": "disk, direct read",
-    "mapped_file_bytes_per_second": "a mapped file",
-    "memory_copy_bytes_per_second": "memory copy",
-    "host_to_device_copy_bytes_per_second": "copy to the GPU",
-}
-_STATES = {"cold": "Cold: every byte comes from the disk", "warm": "Warm: the page cache holds the files"}
-_LIMIT_WORDS = {"disk_direct_read": "the disk", "mapped_file": "a mapped file", "host_to_device_copy": "the copy to the GPU"}
 
 
 class _State(StrEnum):
@@ -51,7 +45,7 @@ def load(
     state: Annotated[
         list[_State] | None, typer.Option("--state", help="Only this state of the page cache; may be given twice.")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="Only loaders whose name begins so, and our own; repeatable.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="Only loaders whose name begins so (upper and lower case differ), and our own; repeatable.")] = None,
     no_peers: Annotated[bool, typer.Option("--no-peers", help="Leave out other packages.")] = False,
     no_ladder: Annotated[bool, typer.Option("--no-ladder", help="Leave out the rungs below our loader.")] = False,
     memory: Annotated[
@@ -106,11 +100,14 @@ def _check_writable(target: Path | None) -> None:
 
 
 def _print(document: dict[str, Any]) -> None:
+    from sllm_mini.lab.bench.picture import share_note
+    from sllm_mini.lab.bench.words import LIMIT_LABELS
+
     console = terminal.stdout_console()
     model, method = document["model"], document["method"]
     words = f"{model['name']}: {terminal.count(model['tensor_count'], 'tensor')}, {nbytes_text(model['nbytes'])} ({model['weights']})"
     console.print(f"{words}, to {method['device']}, {terminal.count(method['rounds'], 'round')}, memory {method['memory']}")
-    found = {name: rate_text(document["limits"][key]) for key, name in _LIMITS.items() if key in document["limits"]}
+    found = {label: _limit(document, name) for name, label in LIMIT_LABELS.items() if f"{name}_bytes_per_second" in document["limits"]}
     if "resident_use_seconds_median" in document["limits"]:
         found["using every byte"] = f"{seconds_text(document['limits']['resident_use_seconds_median'])}, part of every sample"
     console.print()
@@ -120,24 +117,37 @@ def _print(document: dict[str, Any]) -> None:
         if rows:
             console.print()
             console.print(_table(rows, state, document["reference"]))
+            if note := share_note(rows):
+                console.print(note, style="dim")
     if document["skipped"]:
         console.print()
     for skipped in document["skipped"]:
         console.print(f"skipped: {skipped['name']}: {skipped['reason']}", style="yellow")
 
 
-def _table(rows: list[dict[str, Any]], state: str, reference: str) -> Table:
-    from sllm_mini.lab.bench.picture import ratio_text
+def _limit(document: dict[str, Any], name: str) -> str:
+    """The rate, the spread of its rounds and the setting; of the mapped file the rate, as its rounds are in the table."""
+    rate = rate_text(document["limits"][f"{name}_bytes_per_second"])
+    best = document["limit_settings"].get(name)
+    if best is None:
+        return rate
+    spread = "one round" if len(best["samples"]) == 1 else f"{rate_text(best['bytes_per_second_min'])} – {rate_text(best['bytes_per_second_max'])}"
+    tried = best["settings_tried"]
+    return f"{rate} ({spread}), {best['setting']}" + (f", the best of {tried} settings" if tried > 1 else "")
 
-    limit = next((row["limit"] for row in rows if row["limit"]), None)
-    share = f"share of {_LIMIT_WORDS[limit]}" if limit else "share of the limit"
+
+def _table(rows: list[dict[str, Any]], state: State, reference: str) -> Table:
+    from sllm_mini.lab.bench.picture import limit_noun, ratio_text, spread_text
+    from sllm_mini.lab.bench.words import STATE_TITLES
+
+    share = f"share of {limit_noun(rows) or 'the limit'}"
     numbers = ("seconds", "min – max", share, "against ours (min – max)")
-    made = terminal.table("loader", *numbers, numbers=numbers, title=f"{_STATES[state]} (ours is {reference})")
+    made = terminal.table("loader", *numbers, numbers=numbers, title=f"{STATE_TITLES[state].capitalize()} (ours is {reference})")
     for row in sorted(rows, key=lambda row: row["seconds_median"]):
         made.add_row(
             Text(row["name"], style="bold green" if row["kind"] == "ours" else "dim" if row["kind"] == "limit" else ""),
             seconds_text(row["seconds_median"]),
-            f"{seconds_text(row['seconds_min'])} – {seconds_text(row['seconds_max'])}",
+            spread_text(row),
             "" if row["ratio_to_limit"] is None else f"{row['ratio_to_limit']:.2f}",
             ratio_text(row),
         )

@@ -1,12 +1,15 @@
 """The map of the house: seven floors, their rooms, and a light in each room that a chapter adds.
 
 Every chapter opens with `draw_house(lit=…)`. A floor imports only floors below it; `FLOORS` is that order, bottom up.
+Which rooms stand is looked up in the package, so the map shows what is there and never what somebody wrote down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 from sllm_mini.lab.style import INK, MUTED, PAPER, color_of, darker, use_style
@@ -73,6 +76,7 @@ FLOORS: tuple[Floor, ...] = (
     ),
 )
 
+_PACKAGE = Path(__file__).resolve().parents[1]
 _WIDTH = 4.0
 _STOREY = 0.86
 _GAP = 0.06
@@ -83,9 +87,15 @@ def room_names() -> tuple[str, ...]:
     return tuple(room.name for floor in FLOORS for room in floor.rooms)
 
 
-def house_alt_text(lit: Iterable[str], *, standing: Iterable[str] = ()) -> str:
+def built_rooms() -> tuple[str, ...]:
+    """The rooms that are modules or packages of sllm_mini today, from the ground floor up. Lists a folder, imports nothing."""
+    found = {module.name for module in iter_modules([str(_PACKAGE)])}
+    return tuple(name for name in room_names() if name in found)
+
+
+def house_alt_text(lit: Iterable[str], *, standing: Iterable[str] | None = None) -> str:
     """What `draw_house(lit, standing=standing)` shows, in words."""
-    added, built = _checked(lit), _checked(standing)
+    added, built = _checked(lit), _checked(built_rooms() if standing is None else standing)
     lights = [
         f"{room.name} ({room.inside}; floor {number})"
         for number, floor in enumerate(FLOORS)
@@ -108,8 +118,8 @@ def _checked(lit: Iterable[str]) -> frozenset[str]:
     return names
 
 
-def draw_house(lit: Iterable[str] = (), ax: Axes | None = None, *, standing: Iterable[str] = ()) -> Axes:
-    """Draws the floors bottom up: rooms in `lit` lit, rooms `standing` from earlier chapters plain, the rest dashed.
+def draw_house(lit: Iterable[str] = (), ax: Axes | None = None, *, standing: Iterable[str] | None = None) -> Axes:
+    """Draws the floors bottom up: rooms in `lit` lit, rooms `standing` (None: those that are built) plain, the rest dashed.
 
     A lit room differs in fill, in a bold name and in a heavier wall, so it shows without colour too. Raises ValueError
     for a room the house does not have. Not safe while another thread draws.
@@ -117,7 +127,7 @@ def draw_house(lit: Iterable[str] = (), ax: Axes | None = None, *, standing: Ite
     from matplotlib import pyplot
     from matplotlib.patches import FancyBboxPatch, Polygon
 
-    names, built = _checked(lit), _checked(standing)
+    names, built = _checked(lit), _checked(built_rooms() if standing is None else standing)
     if ax is None:
         use_style()
         _, ax = pyplot.subplots(figsize=(7.2, 4.9), layout="constrained")

@@ -26,6 +26,9 @@ SIZES = ("llama-3.1-8b", "llama-3.2-1b", "qwen2.5-0.5b", "opt-125m")
 _CPU_LARGEST = "qwen2.5-0.5b"
 """On a processor a larger one would only make the arithmetic of the first token longer."""
 
+_FORMATS_SIZES = ("qwen2.5-0.5b", "opt-125m")
+"""For the chapters about files and host memory: the same on every machine, GPU or not."""
+
 
 def workspace() -> Path:
     """The folder for what chapters make; created if need be."""
@@ -70,6 +73,21 @@ def sized_checkpoint(folder: str | os.PathLike[str] | None = None) -> Checkpoint
     with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as scratch:
         made = make_model(name, Path(scratch, name))
         return convert_checkpoint(made, root / name)
+
+
+def formats_checkpoint(folder: str | os.PathLike[str] | None = None) -> Checkpoint:
+    """A model with a published shape and random weights, shared with the other chapters where they use the same one;
+    a smaller one where memory or disk is short. Raises ResourceError where none fits, and what making one raises."""
+    root = workspace() if folder is None else Path(folder)
+    disk, memory = shutil.disk_usage(root).free, available_nbytes()
+    for name in _FORMATS_SIZES:
+        nbytes, made = SHAPES[name].nbytes, (root / name / "index.json").exists()
+        if 2.5 * nbytes < 0.8 * memory and (2 if made else 3) * nbytes < 0.8 * disk:
+            if not made:
+                with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as scratch:
+                    return convert_checkpoint(make_model(name, Path(scratch, name)), root / name)
+            return open_checkpoint(root / name)
+    raise ResourceError(f"not even {_FORMATS_SIZES[-1]} fits three times: {disk:,} bytes of disk and {memory:,} of memory are free")
 
 
 def _is_made(path: Path) -> bool:

@@ -306,7 +306,7 @@ def test_memory_that_runs_out_during_a_load_ends_it(checkpoint: Checkpoint, monk
 
 
 def test_a_mapping_that_is_refused_ends_the_load(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    def map_file(*_: object) -> None:
+    def map_file(*_: object, **__: object) -> None:
         raise DeviceError("the file could not be mapped")
 
     monkeypatch.setattr(cpu.HostMemory, "map_file", map_file)

@@ -3,7 +3,9 @@
 Terms: `seconds_*` are a sample's total, the load and the sum over every byte. `load_part_seconds_median` is that total
 less the median of the sum alone over bytes already in populated memory (or on the device); `ratio_to_limit` is the
 limit's seconds over the load part, so 1 is perfect. `ratio_to_reference_*` compare totals round by round: 1.5 took half as
-long again as the reference in the same round. `load_call_seconds_median` is the call alone, before anything is used.
+long again as the reference in the same round. `limit_settings` says which setting of a limit was the fastest by median,
+of how many, and how far its rounds lie apart: on a shared disk the best of many flatters the limit.
+`load_call_seconds_median` is the call alone, before anything is used.
 `kept_nbytes_median` is how much a worker's resident memory had grown since before its first load, after everything was
 freed. Shown in chapter 02.
 """
@@ -22,10 +24,10 @@ from sllm_mini.errors import FormatError
 from sllm_mini.lab.bench.entry import State
 from sllm_mini.lab.bench.measure import Run, Series
 from sllm_mini.lab.bench.ours import MAPPED
-from sllm_mini.loading.probe_samples import measurement_row
+from sllm_mini.lab.bench.words import DISK, LINK, MAPPED_FILE
+from sllm_mini.loading.probe_samples import Measurement, measurement_row
 
 KIND = "sllm-mini bench load"
-DISK, LINK, COPY = "disk_direct_read", "host_to_device_copy", "memory_copy"
 _COUNTED = (
     "user_seconds", "system_seconds", "minor_faults", "major_faults", "read_calls", "read_nbytes", "disk_nbytes", "peak_nbytes",
 )  # fmt: skip
@@ -51,6 +53,7 @@ def assemble(run: Run, *, nbytes: int, device: str, reference: str, facts: Mappi
         **facts,
         "reference": reference,
         "limits": limits,
+        "limit_settings": {name: _setting_row(best, tried) for name, (best, tried) in _best_settings(run).items()},
         "limit_samples": [measurement_row(measured) for measured in run.limits],
         "results": rows,
         "skipped": [asdict(skipped) for skipped in run.skipped],
@@ -60,7 +63,7 @@ def assemble(run: Run, *, nbytes: int, device: str, reference: str, facts: Mappi
 def limit_of(state: State, device: str, limits: Mapping[str, float], nbytes: int) -> tuple[str | None, float | None]:
     """Which limit holds for a load of `nbytes` in that state, and the seconds it asks; (None, None) if not measured."""
     if device == "cpu":
-        names = [DISK] if state == "cold" else ["mapped_file"]
+        names = [DISK] if state == "cold" else [MAPPED_FILE]
     else:
         names = [DISK, LINK] if state == "cold" else [LINK]
     rates = {name: limits[key] for name in names if (key := f"{name}_bytes_per_second") in limits}
@@ -72,18 +75,34 @@ def limit_of(state: State, device: str, limits: Mapping[str, float], nbytes: int
 
 def _limits(run: Run, nbytes: int, use: float | None) -> dict[str, float]:
     """name_bytes_per_second of the best setting by median, and the seconds of the sum alone."""
-    found: dict[str, float] = {}
-    for measured in run.limits:
-        key = f"{measured.name}_bytes_per_second"
-        found[key] = max(found.get(key, 0.0), measured.bytes_per_second)
+    found = {f"{name}_bytes_per_second": best.bytes_per_second for name, (best, _) in _best_settings(run).items()}
     if use is not None:
         found["resident_use_seconds_median"] = use
         for series in run.series:
             if series.entry.name == MAPPED:
                 part = load_part(statistics.median(_totals(series).values()), use)
                 if part is not None:
-                    found["mapped_file_bytes_per_second"] = nbytes / part
+                    found[f"{MAPPED_FILE}_bytes_per_second"] = nbytes / part
     return found
+
+
+def _best_settings(run: Run) -> dict[str, tuple[Measurement, int]]:
+    """Of each limit the setting with the fastest median, and how many settings there were."""
+    by_name: dict[str, list[Measurement]] = {}
+    for measured in run.limits:
+        by_name.setdefault(measured.name, []).append(measured)
+    return {name: (max(found, key=lambda m: m.bytes_per_second), len(found)) for name, found in by_name.items()}
+
+
+def _setting_row(best: Measurement, tried: int) -> dict[str, Any]:
+    return {
+        "setting": best.setting,
+        "settings_tried": tried,
+        "samples": list(best.samples_seconds),
+        "bytes_per_second_median": best.bytes_per_second,
+        "bytes_per_second_min": best.nbytes / best.seconds_max,
+        "bytes_per_second_max": best.nbytes / best.seconds_min,
+    }
 
 
 def load_part(total_seconds: float, use_seconds: float | None) -> float | None:
@@ -116,6 +135,7 @@ def _row(series: Series, nbytes: int, use: float | None, limit: str | None, limi
         "group": series.group,
         "nbytes": nbytes,
         "samples": samples,
+        "rounds": list(totals),
         "seconds_median": median,
         "seconds_min": min(samples),
         "seconds_max": max(samples),
@@ -125,6 +145,7 @@ def _row(series: Series, nbytes: int, use: float | None, limit: str | None, limi
         "load_part_bytes_per_second_median": None if part is None else nbytes / part,
         "limit": limit,
         "ratio_to_limit": None if limit_seconds is None or part is None else limit_seconds / part,
+        "ratio_to_reference_samples": against,
         "ratio_to_reference_median": statistics.median(against) if against else None,
         "ratio_to_reference_min": min(against, default=None),
         "ratio_to_reference_max": max(against, default=None),

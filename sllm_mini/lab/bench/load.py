@@ -25,14 +25,16 @@ _SUM = "sum modulo 2^64 of each tensor's little-endian 8-byte words, the last fi
 
 
 def entries(device: str = "cpu", *, ladder: bool = True, with_peers: bool = True, only: Collection[str] = ()) -> list[Entry]:
-    """Every loader to measure. `only` keeps those whose name it gives or begins, and always the reference.
+    """Every loader to measure. `only` keeps those whose name it gives or begins, upper and lower case told apart, and
+    always the reference.
 
     Raises UnsupportedError for a name in `only` that fits nothing.
     """
     found = ours.entries(ladder=ladder) + (peers.entries() if with_peers else []) + ours.limit_entries(device)
     for wanted in only:
         if not any(entry.name.startswith(wanted) for entry in found):
-            raise UnsupportedError(f"there is no loader {wanted!r}; there are {', '.join(entry.name for entry in found)}")
+            names = ", ".join(repr(entry.name) for entry in found)  # quoted: there are commas in names
+            raise UnsupportedError(f"there is no loader {wanted!r}; give the beginning of a name, upper and lower case as here: {names}")
     kept = (ours.REFERENCE, ours.MAPPED)
     return [entry for entry in found if not only or entry.name in kept or any(entry.name.startswith(wanted) for wanted in only)]
 

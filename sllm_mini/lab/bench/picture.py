@@ -6,11 +6,12 @@ sample; upright lines are the limits, as far as a loader can get: the limit's se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sllm_mini.lab.bench.document import limit_of, rows_of
 from sllm_mini.lab.bench.entry import STATES, State
+from sllm_mini.lab.bench.words import LIMIT_NOUNS, STATE_TITLES
 from sllm_mini.lab.figure import Described, describe
 from sllm_mini.lab.style import INK, MUTED, color_of, use_style
 from sllm_mini.lab.table import Table
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 _COLORS = {"ours": "process", "ladder": "runtime", "peer": "wait", "limit": "disk"}
 _MEANINGS = {"ours": "sllm_mini", "ladder": "a rung of the ladder", "peer": "another package", "limit": "a limit"}
-_LIMITS = {"disk_direct_read": "the disk", "mapped_file": "a mapped file", "host_to_device_copy": "a copy to the GPU"}
-_STATES = {"cold": "cold: every byte from the disk", "warm": "warm: the page cache holds the files"}
 _ROW_INCHES, _SPARE_INCHES = 0.27, 1.1
 
 
@@ -65,13 +64,13 @@ def _panel(document: Mapping[str, Any], state: State, ax: Axes) -> Axes:
     ax.invert_yaxis()
     ax.grid(False, axis="y")
     ax.set_xlabel("GB/s, the load and the use of every byte")
-    ax.set_title(_STATES[state], fontsize=10)
+    ax.set_title(STATE_TITLES[state], fontsize=10)
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     keys: list[Artist] = [Patch(color=color_of(_COLORS[kind]), label=_MEANINGS[kind]) for kind in kinds]
     roof = _roof(document, state)
     if roof is not None:
         name, rate = roof
-        keys.append(ax.axvline(rate / 1e9, color=INK, linewidth=1.2, linestyle="--", label=f"what {_LIMITS[name]} gave"))
+        keys.append(ax.axvline(rate / 1e9, color=INK, linewidth=1.2, linestyle="--", label=f"what {LIMIT_NOUNS[name]} gave"))
     ax.legend(handles=keys, loc="lower right", fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
     return ax
 
@@ -93,7 +92,7 @@ def roofline_alt_text(document: Mapping[str, Any]) -> str:
             continue
         listed = ", ".join(f"{row['name']} {rate_text(row['bytes_per_second_median'])}" for row in rows)
         roof = _roof(document, state)
-        limit = f" The most that {_LIMITS[roof[0]]} allows is {rate_text(roof[1])}." if roof else ""
+        limit = f" The most that {LIMIT_NOUNS[roof[0]]} allows is {rate_text(roof[1])}." if roof else ""
         parts.append(f"{state.capitalize()}, fastest first: {listed}.{limit}")
     return " ".join(parts)
 
@@ -108,13 +107,12 @@ def described_roofline(document: Mapping[str, Any]) -> Described:
 def bench_table(document: Mapping[str, Any], state: State) -> Table:
     """One state as a table, fastest first: seconds, share of the limit, and the ratio to our loader with its spread."""
     rows = rows_of(document, state)
-    limit = next((row["limit"] for row in rows if row["limit"]), None)
     cells = tuple(
         (
             row["name"],
             row["setting"] if row["kind"] == "peer" else _MEANINGS[row["kind"]],
             seconds_text(row["seconds_median"]),
-            f"{seconds_text(row['seconds_min'])} – {seconds_text(row['seconds_max'])}",
+            spread_text(row),
             "" if row["ratio_to_limit"] is None else f"{row['ratio_to_limit']:.2f}",
             ratio_text(row),
         )
@@ -123,15 +121,40 @@ def bench_table(document: Mapping[str, Any], state: State) -> Table:
     return Table(
         headers=("loader", "setting", "seconds", "fastest to slowest", "of the limit", f"times {document['reference']}"),
         rows=cells,
-        caption=f"{document['model']['name']}, {_STATES[state]}",
-        note=f"The limit is {_LIMITS[limit]}; it is compared with the load without the use of the bytes." if limit else "",
+        caption=f"{document['model']['name']}, {STATE_TITLES[state]}",
+        note=share_note(rows),
         numeric=frozenset({2, 3, 4, 5}),
         emphasis=frozenset(number for number, row in enumerate(rows) if row["kind"] == "ours"),
     )
 
 
+def limit_noun(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the rows of one state are held against, in words; None where it could not be measured."""
+    return next((LIMIT_NOUNS[row["limit"]] for row in rows if row["limit"]), None)
+
+
+def share_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the shares of a limit are taken on, and what one above 1 means where the table has one; empty without a limit."""
+    noun = limit_noun(rows)
+    if noun is None:
+        return ""
+    note = f"Against {noun} stands the load alone: the sample less the sum over every byte."
+    if any(row["ratio_to_limit"] is not None and round(row["ratio_to_limit"], 2) > 1 for row in rows):
+        note += " Above 1: the model is too small, or the machine too noisy, to tell a load from its limit."
+    return note
+
+
+def spread_text(row: Mapping[str, Any]) -> str:
+    """ "1.40 s – 1.61 s": the fastest and the slowest sample; one sample has no spread, and says so."""
+    if len(row["samples"]) == 1:
+        return "one round"
+    return f"{seconds_text(row['seconds_min'])} – {seconds_text(row['seconds_max'])}"
+
+
 def ratio_text(row: Mapping[str, Any]) -> str:
-    """ "1.52 (1.40 – 1.61)": the median over rounds, the least and the most."""
+    """ "1.52 (1.40 – 1.61)": the median over rounds, the least and the most; of one round alone "1.52"."""
     if row["ratio_to_reference_median"] is None:
         return ""
+    if len(row["ratio_to_reference_samples"]) == 1:
+        return f"{row['ratio_to_reference_median']:.2f}"
     return f"{row['ratio_to_reference_median']:.2f} ({row['ratio_to_reference_min']:.2f} – {row['ratio_to_reference_max']:.2f})"

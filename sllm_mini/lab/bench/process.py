@@ -11,10 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from sllm_mini.errors import SllmError
+from sllm_mini.lab.children import last_line, signal_group
 
 _TAIL_NBYTES = 2000
 _QUIET = {
@@ -84,14 +84,13 @@ class Worker:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         size = self._errors.seek(0, os.SEEK_END)
         self._errors.seek(max(size - _TAIL_NBYTES, 0))
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        last = last_line(self._errors.read().decode(errors="replace"))
         self.close()
-        return f"its process ended with {how}" + (f": {lines[-1][:300]}" if lines else "")
+        return f"its process ended with {how}" + (f": {last[:300]}" if last else "")
 
     def close(self) -> None:
         """Ends the process and whatever it started."""
-        with suppress(ProcessLookupError):  # the group outlives a leader that crashed, with what it started
-            os.killpg(self._process.pid, signal.SIGKILL)
+        signal_group(self._process, signal.SIGKILL)
         self._process.wait()
         for stream in (self._asking, self._answers, self._errors):
             try:

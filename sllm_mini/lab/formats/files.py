@@ -8,21 +8,15 @@ twice the model in memory. Shown in chapter 01.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sllm_mini.checkpoint import Checkpoint, convert_checkpoint, open_checkpoint
+from sllm_mini.checkpoint import Checkpoint
 from sllm_mini.checkpoint.layout import execution_order
-from sllm_mini.checkpoint.random_model import make_model
 from sllm_mini.checkpoint.safetensors_file import read_header
-from sllm_mini.checkpoint.shapes import SHAPES
-from sllm_mini.device.cpu import available_nbytes
-from sllm_mini.errors import ResourceError
 from sllm_mini.lab.models import workspace
 
 if TYPE_CHECKING:
@@ -32,8 +26,6 @@ TORCH = "torch.save"
 SAFETENSORS = "safetensors"
 OURS = "sllm_mini"
 _FOLDER = "formats"
-_SIZES = ("qwen2.5-0.5b", "opt-125m")
-"""The same on every machine, GPU or not: this chapter is about files and host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +83,6 @@ class Format:
             total[tensor.layer] += tensor.nbytes
             there[tensor.layer] += min(max(arrived_nbytes - tensor.offset, 0), tensor.nbytes)
         return [found / nbytes if nbytes else 1.0 for found, nbytes in zip(there, total, strict=True)]
-
-
-def formats_checkpoint(folder: str | os.PathLike[str] | None = None) -> Checkpoint:
-    """A model with a published shape and random weights, shared with the other chapters where they use the same one;
-    a smaller one where memory or disk is short. Raises ResourceError where none fits, and what making one raises."""
-    root = workspace() if folder is None else Path(folder)
-    disk, memory = shutil.disk_usage(root).free, available_nbytes()
-    for name in _SIZES:
-        nbytes, made = SHAPES[name].nbytes, (root / name / "index.json").exists()
-        if 2.5 * nbytes < 0.8 * memory and (2 if made else 3) * nbytes < 0.8 * disk:
-            if not made:
-                with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as scratch:
-                    return convert_checkpoint(make_model(name, Path(scratch, name)), root / name)
-            return open_checkpoint(root / name)
-    raise ResourceError(f"not even {_SIZES[-1]} fits three times: {disk:,} bytes of disk and {memory:,} of memory are free")
 
 
 def write_formats(checkpoint: Checkpoint, folder: str | os.PathLike[str] | None = None) -> dict[str, Format]:

@@ -15,8 +15,8 @@ from sllm_mini.checkpoint import open_checkpoint
 from sllm_mini.checkpoint.dtypes import torch_dtype
 from sllm_mini.checkpoint.safetensors_file import read_header
 from sllm_mini.device.cpu import HostMemory
-from sllm_mini.errors import LoadError
 from sllm_mini.lab.formats.files import OURS, SAFETENSORS, TORCH
+from sllm_mini.loading.reader import read_whole
 from sllm_mini.loading.restore import restore_tensors
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def read_by_tensor(path: Path) -> dict[str, torch.Tensor]:
     with open(path, "rb", buffering=0) as file:
         for entry in read_header(path, file.fileno()):
             memory = torch.empty(entry.nbytes, dtype=torch.uint8)
-            read_fully(file.fileno(), memory.numpy().data, entry.offset)
+            read_whole(file.fileno(), memory.numpy().data, entry.offset)
             tensors[entry.name] = memory.view(torch_dtype(entry.dtype)).reshape(entry.shape)
     return tensors
 
@@ -70,7 +70,7 @@ def read_bulk(path: Path, flags: int = 0) -> dict[str, torch.Tensor]:
     for number, partition in enumerate(checkpoint.index.partitions):
         fd = checkpoint.open_partition(number, flags)
         with open(fd, "rb", buffering=0):
-            read_fully(fd, memory.view[at : at + partition.nbytes], 0)
+            read_whole(fd, memory.view[at : at + partition.nbytes], 0)
         starts.append(at)
         at += partition.nbytes
     places = ((tensor, starts[tensor.partition] + tensor.offset) for tensor in checkpoint.index.tensors)
@@ -95,16 +95,6 @@ def map_bulk(path: Path) -> dict[str, torch.Tensor]:
         at += partition.nbytes
     places = ((tensor, starts[tensor.partition] + tensor.offset) for tensor in checkpoint.index.tensors)
     return restore_tensors(memory.tensor(), places)
-
-
-def read_fully(fd: int, view: memoryview, offset: int) -> None:
-    """Fills `view` from `offset`. Raises LoadError for a file that ends early, OSError for a read that fails."""
-    at = 0
-    while at < len(view):
-        count = os.preadv(fd, [view[at:]], offset + at)
-        if count == 0:
-            raise LoadError(f"the file ends here; {len(view) - at:,} more bytes were expected", offset=offset + at)
-        at += count
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,11 @@ from pathlib import Path
 from sllm_mini.errors import ResourceError, SllmError
 from sllm_mini.lab.counters import Counters
 from sllm_mini.lab.figure import Described, describe
-from sllm_mini.lab.formats.files import formats_checkpoint, remove_formats, write_formats
+from sllm_mini.lab.formats.files import remove_formats, write_formats
 from sllm_mini.lab.formats.plots import plot_readers, readers_alt_text
 from sllm_mini.lab.formats.readers import READERS
 from sllm_mini.lab.formats.runs import ReaderRun, measure_readers
+from sllm_mini.lab.models import formats_checkpoint
 from sllm_mini.lab.recorded import recorded_note, recorded_runs
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from sllm_mini.device.kernels import host_sum64
 from sllm_mini.errors import LoadError
-from sllm_mini.lab.bench.conditions import make_cold, make_warm, resident_nbytes
+from sllm_mini.lab.bench.conditions import back_memory, make_cold, make_warm, resident_nbytes
 from sllm_mini.lab.counters import Counters, counted
 from sllm_mini.lab.formats.files import Format
 from sllm_mini.lab.formats.readers import READERS, Reader, read_direct
@@ -61,7 +61,8 @@ def measure_readers(
 ) -> list[ReaderRun]:
     """Every reader, `rounds` times in turn with the others, from the disk and from the page cache.
 
-    A reader that the file system refuses (direct reads in a file system that lives in memory) is left out. Raises
+    Before each run the host of a virtual machine is made to back as much memory as a reader takes, or the first readers
+    after a pause would pay for it. A reader that the file system refuses (direct reads in a file system that lives in memory) is left out. Raises
     LoadError if two readers did not read the same bytes, and what a reader raises; one at a time on a machine.
     """
     context = multiprocessing.get_context("forkserver")
@@ -73,6 +74,7 @@ def measure_readers(
         for state in states:
             for reader in readers:
                 fmt = formats[reader.format]
+                back_memory(2 * fmt.tensor_nbytes)
                 with ProcessPoolExecutor(1, mp_context=context) as process:
                     runs.append(process.submit(_measure, reader, str(fmt.path), fmt.tensor_nbytes, state).result())
     if len({run.checksum for run in runs}) > 1:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sllm_mini.lab.bench.document import DISK, LINK, limit_of, read_document, rows_of
+from sllm_mini.lab.bench.document import limit_of, read_document, rows_of
 from sllm_mini.lab.bench.ours import REFERENCE
+from sllm_mini.lab.bench.words import COLD_LIMITS, STATE_SOURCES
 from sllm_mini.lab.figure import Described, describe
 from sllm_mini.lab.recorded import recorded_note, recorded_runs
 from sllm_mini.lab.style import INK, PAPER, color_of, use_style
@@ -30,7 +31,6 @@ PAPER_FACTORS: Mapping[str, float] = MappingProxyType({"bulk": 1.2, "direct": 2.
 paper, which do not agree with each other."""
 
 _PREFIX = "ladder: "
-_LIMIT_WORDS = {DISK: "the disk's limit", LINK: "the limit of the way to the GPU", "mapped_file": "a mapped file"}
 _UNKNOWN = "not counted"
 
 
@@ -71,15 +71,15 @@ def ladder_steps(document: Mapping[str, Any]) -> list[Step]:
     """The rungs that were measured cold, from the lowest up. Raises ValueError where there are none."""
     rows = {row["name"].removeprefix(_PREFIX): row for row in rows_of(document, "cold", kinds=("ladder",))}
     use = _use_seconds(document, list(rows.values()))
-    steps, parts = list[Step](), list[list[float]]()
+    steps, parts = list[Step](), list[dict[int, float]]()
     for rung in LADDER:
         row = rows.get(rung.name)
         if row is None:
             continue
-        parts.append([total - use for total in row["samples"]])
+        parts.append({number: total - use for number, total in zip(row["rounds"], row["samples"], strict=True)})
         factor = _factor(parts[-2], parts[-1]) if steps else None
-        rates = tuple(row["nbytes"] / part for part in parts[-1])
-        steps.append(Step(rung.name, rung.idea, rung.threads, statistics.median(parts[-1]), rates, factor, steps[-1].name if steps else "", row))
+        rates = tuple(row["nbytes"] / part for part in parts[-1].values())
+        steps.append(Step(rung.name, rung.idea, rung.threads, statistics.median(parts[-1].values()), rates, factor, steps[-1].name if steps else "", row))
     if not steps:
         raise ValueError("the document holds no rung of the ladder that was measured cold; measure with ladder=True")
     return steps
@@ -91,11 +91,10 @@ def _use_seconds(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
     return use if all(use < 0.8 * min(row["samples"]) for row in rows) else 0.0
 
 
-def _factor(before: Sequence[float], after: Sequence[float]) -> Factor:
-    if len(before) != len(after):  # a sample was refused, so rounds cannot be told apart
-        every = [one / other for one in before for other in after]
-        return Factor(statistics.median(before) / statistics.median(after), min(every), max(every))
-    ratios = [one / other for one, other in zip(before, after, strict=True)]
+def _factor(before: Mapping[int, float], after: Mapping[int, float]) -> Factor:
+    """Round by round, over the rounds that both have; where they have none in common, of the medians, without a spread."""
+    ratios = [before[number] / after[number] for number in before if number in after]
+    ratios = ratios or [statistics.median(before.values()) / statistics.median(after.values())]
     return Factor(statistics.median(ratios), min(ratios), max(ratios))
 
 
@@ -105,7 +104,7 @@ def floor_of(document: Mapping[str, Any]) -> tuple[str, float]:
     name, seconds = limit_of("cold", document["method"]["device"], document["limits"], document["model"]["nbytes"])
     if name is None or seconds is None:
         return "the fastest run (the limit itself could not be measured)", max(max(step.rates) for step in ladder_steps(document))
-    return _LIMIT_WORDS[name], document["model"]["nbytes"] / seconds
+    return COLD_LIMITS[name], document["model"]["nbytes"] / seconds
 
 
 def plot_ladder(document: Mapping[str, Any], ax: Axes | None = None) -> Axes:
@@ -196,7 +195,7 @@ def counters_table(document: Mapping[str, Any], state: str, *, kinds: Sequence[s
     return Table(
         headers=("loader", "seconds", "read calls", "page faults", "that waited", "from the disk", "processor s (kernel)", "memory"),
         rows=tuple((name, f"{row['seconds_median']:.3f}", *(told(row) for told in _COUNTS.values())) for name, row in rows),
-        caption=f"{document['model']['name']}, {'from the disk' if state == 'cold' else 'from the page cache'}: what the kernel counted",
+        caption=f"{document['model']['name']}, {STATE_SOURCES[state]}: what the kernel counted",
         note="The load and the sum over every byte together. “x” is times the bytes of the model; memory is the most that what is resident grew, "
         "pages shared with the page cache included; faults that waited are those that had to ask the disk.",
         numeric=frozenset(range(1, 8)),
@@ -232,9 +231,9 @@ def peers_text(document: Mapping[str, Any], state: str) -> str:
     first = peers[0]
     low, high = first["ratio_to_reference_min"], first["ratio_to_reference_max"]
     lead = "behind ours in every round" if low > 1 else "ahead of ours in every round" if high < 1 else "now ahead of ours, now behind"
-    where = "from the disk" if state == "cold" else "from the page cache"
-    nearest = f"The nearest, {first['name']}, was {lead} ({low:.2f} to {high:.2f})."
-    return "\n".join((f"Seconds against ours (hashes checked), {where}:", *lines, nearest))
+    spread = f"{low:.2f} to {high:.2f}" if len(first["ratio_to_reference_samples"]) > 1 else "one round"
+    nearest = f"The nearest, {first['name']}, was {lead} ({spread})."
+    return "\n".join((f"Seconds against ours (hashes checked), {STATE_SOURCES[state]}:", *lines, nearest))
 
 
 def hashing_text(document: Mapping[str, Any], state: str) -> str:
@@ -243,8 +242,7 @@ def hashing_text(document: Mapping[str, Any], state: str) -> str:
     if row is None or not row["ratio_to_reference_median"]:
         return f"The load without hashing was not measured {state}."
     middle, low, high = (1 / row[f"ratio_to_reference_{which}"] for which in ("median", "max", "min"))
-    where = "from the disk" if state == "cold" else "from the page cache"
-    return f"{where}: with every hash checked the load and the sum took {middle:.2f} times as long as without ({low:.2f} to {high:.2f})"
+    return f"{STATE_SOURCES[state]}: with every hash checked the load and the sum took {middle:.2f} times as long as without ({low:.2f} to {high:.2f})"
 
 
 def skipped_table(document: Mapping[str, Any]) -> Table:

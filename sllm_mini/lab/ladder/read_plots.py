@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sllm_mini.lab.bench.words import PROBES
 from sllm_mini.lab.ladder.reads import MIB, InFlight, PageRun, median_pages
 from sllm_mini.lab.style import INK, MUTED, color_of, use_style
 from sllm_mini.lab.table import Table
@@ -23,21 +24,11 @@ ENOUGH = 0.9
 _MARKS = (("process", "o"), ("dram", "s"), ("disk", "^"), ("device", "D"))
 
 
-_LIMITS = {
-    "disk_direct_read": "the disk read around the page cache",
-    "disk_buffered_read": "the disk read through the page cache",
-    "cached_read": "copied out of the page cache",
-    "cached_map": "mapped from the page cache",
-    "memory_copy": "copied within memory",
-    "host_to_device_copy": "copied to the GPU",
-}
-
-
 def floor_table(samples: Samples, nbytes: int) -> Table:
     """What each part of a load costs a model of `nbytes` if nothing else cost anything: the best setting of each probe, and
     both kinds of pages."""
     limits = Limits(samples.measurements, samples.skipped)
-    found = [(words, best) for name, words in _LIMITS.items() if (best := limits.best(name)) is not None]
+    found = [(words, best) for name, words in PROBES.items() if (best := limits.best(name)) is not None]
     found += [("fresh memory touched for the first time", m) for m in samples.measurements if m.name == "first_touch"]
     return Table(
         headers=("what", "how", "rate", "for this model", "slowest to fastest"),

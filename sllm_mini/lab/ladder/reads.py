@@ -20,8 +20,8 @@ from sllm_mini.device.cpu import HostMemory
 from sllm_mini.errors import LoadError
 from sllm_mini.lab.bench.conditions import back_memory, make_cold
 from sllm_mini.lab.counters import counted
-from sllm_mini.loading.probe_disk import read_whole
 from sllm_mini.loading.probe_samples import run_threads
+from sllm_mini.loading.reader import read_whole
 
 MIB = 1 << 20
 CHUNKS = (MIB // 8, MIB, 16 * MIB)

@@ -1,4 +1,5 @@
-"""Loads by this package in one process, in several settings, cold or warm: seconds, counters, spans, what was done.
+"""Loads by this package in one process, in several settings, cold or warm: seconds, counters, spans, what was done; and
+which rounds a bench of the ladder lost.
 
 Settings are taken in turn, round by round; each run ends with the sum over every byte, so that a mapping is paid for.
 Costs one model in memory at a time. Call from one thread. Shown in chapter 02.
@@ -7,9 +8,11 @@ Costs one model in memory at a time. Call from one thread. Shown in chapter 02.
 from __future__ import annotations
 
 import gc
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sllm_mini.checkpoint import Checkpoint
 from sllm_mini.device import get_device
@@ -22,6 +25,7 @@ from sllm_mini.loading import LoadOptions, LoadReport, start_load
 from sllm_mini.types import Span, SpanRecorder
 
 _UNKNOWN = "not counted"
+_RUNG = re.compile(r"(?:ladder: )?(?P<name>(?<=ladder: )[^,]+|limits)(?:(?:, cold)?, round (?P<round>\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,3 +102,18 @@ def loads_table(runs: Sequence[LoadRun], caption: str) -> Table:
         note="Medians. Use is the sum over every byte; faults are page faults, of the load and of the use; “x” is times the bytes of the model.",
         numeric=frozenset(range(2, 8)),
     )
+
+
+def refused_text(document: Mapping[str, Any]) -> str:
+    """One line to stand under the ladder of a bench's document: the rounds that its rungs or its limits lost, by reason.
+    Of a rung that is lost as a whole the table has no row."""
+    reasons: dict[str, list[str]] = {}
+    for skipped in document["skipped"]:
+        found = _RUNG.fullmatch(skipped["name"])
+        if found is not None:  # else another loader, which the table of skipped loaders names
+            where = f"in round {found['round']}" if found["round"] else "in every round"
+            reasons.setdefault(" ".join(skipped["reason"].split()), []).append(f"{found['name']} {where}")
+    if not reasons:
+        return "No round of a rung was refused."
+    lost = (f"{', '.join(where)} ({reason})" for reason, where in reasons.items())
+    return f"Refused, so not in the seconds and factors above: {'; '.join(lost)}."

@@ -7,6 +7,7 @@ same command goes on, 130 interrupted. What was done is kept in every case.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -39,13 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _record(words: Sequence[str]) -> int:
-    from sllm_mini.lab.report.archive import record
+    from sllm_mini.lab.report.record import record, record_chapters
 
     parser = argparse.ArgumentParser(prog="python -m sllm_mini.lab.report record", description="Bring a report's results into data/results/<gpu-model>/.")
-    parser.add_argument("archive", type=Path)
-    for path in record(parser.parse_args(words).archive):
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="the gpu-report.tar.gz of a run on a GPU")
+    parser.add_argument(
+        "--chapters", action="store_true",
+        help="also replace the outputs of chapters/*.ipynb by those of the run; only of chapters whose cells and package code are still those that ran",
+    )  # fmt: skip
+    options = parser.parse_args(words)
+    for path in record(options.archive):
         print(path)
-    return 0
+    if not options.chapters:
+        return 0
+    brought, refused = record_chapters(options.archive, _checkout() / "chapters")
+    for path in brought:
+        print(path)
+    for reason in refused:
+        print(reason, file=sys.stderr)
+    return EXIT_FAILED if refused or not brought else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,25 +85,25 @@ def _report(words: Sequence[str]) -> int:
     from sllm_mini.lab.report.summary import write_summary
 
     options = _parser().parse_args(words)
-    checkout = Path(__file__).resolve().parents[3]
-    if not (checkout / "tests").is_dir():
-        raise ReportError(f"{checkout} holds no tests/ and chapters/; run the report from a checkout of the repository")
-    folder = Folder(options.out.resolve(), rehearsal=options.rehearse)
-    with folder.locked():
+    checkout = _checkout()
+    folder = Folder(options.out.resolve(), rehearsal=options.rehearse, create=not options.list)
+    with contextlib.nullcontext() if options.list else folder.locked():
         host = look(folder.work, rehearsal=options.rehearse)
         for line in (REHEARSAL,) if options.rehearse else ():
             print(line)
         for line in host.complaints():
             print(line)
+        if options.list:
+            _show(Table(host, folder, checkout).plan(), [word for word in options.stages if word not in _WRITTEN_ALWAYS])
+            if host.gpu is None:
+                print(f"There is no CUDA GPU here ({host.why_no_gpu}): sizes leave its memory out of account, and only --rehearse would run.")
+            return 0
         if host.gpu is None:
             raise ReportError(f"there is no CUDA GPU to report on: {host.why_no_gpu}; --rehearse goes through the same steps without one")
         print(f"{host.gpu_model}, {host.cpu_count} cores, {host.memory_nbytes / 1e9:.0f} GB of memory and {host.disk_nbytes / 1e9:.0f} GB of disk free; into {folder.path}", flush=True)
         plan = Table(host, folder, checkout).plan()
         words = [word for word in options.stages if word not in _WRITTEN_ALWAYS]
         named = select(plan, words if options.stages else ["all"])
-        if options.list:
-            _show(plan)
-            return 0
         note = {"rehearsal": REHEARSAL} if options.rehearse else {}
         write_json(folder.path / "machine.json", {**note, **host.as_json()})
         folder.save()
@@ -117,11 +130,23 @@ def _report(words: Sequence[str]) -> int:
     return EXIT_FAILED if call.failed else 0
 
 
-def _show(plan: Plan) -> None:
-    for unit in plan.units:
+def _checkout() -> Path:
+    from sllm_mini.lab.report.folder import ReportError
+
+    checkout = Path(__file__).resolve().parents[3]
+    if not (checkout / "tests").is_dir():
+        raise ReportError(f"{checkout} holds no tests/ and chapters/; run the report from a checkout of the repository")
+    return checkout
+
+
+def _show(plan: Plan, words: Sequence[str]) -> None:
+    from sllm_mini.lab.report.runner import is_named, select
+
+    for unit in select(plan, words or ["all"]):
         print(f"  {unit.key}: about {unit.seconds:.0f} s")
     for key, reason in plan.skipped.items():
-        print(f"  {key}: skipped, {reason}")
+        if not words or any(is_named(key, word) for word in words):
+            print(f"  {key}: skipped, {reason}")
 
 
 def _say(line: str) -> None:

@@ -27,14 +27,15 @@ class ReportError(SllmError):
 
 
 class Folder:
-    """See the module. `rehearsal` is fixed when the folder is made. Raises ReportError for a folder that is another's."""
+    """See the module. `rehearsal` is fixed when the folder is made; without `create` nothing is made, to look only. Raises
+    ReportError for a folder that is another's."""
 
-    def __init__(self, path: Path, *, rehearsal: bool) -> None:
+    def __init__(self, path: Path, *, rehearsal: bool, create: bool = True) -> None:
         self.path = path
         self.rehearsal = rehearsal
         self.results, self.logs, self.chapters, self.work = (path / name for name in ("results", "logs", "chapters", "work"))
         self.models, self.scratch = self.work / "models", self.work / "scratch"
-        for folder in (self.results, self.logs, self.chapters, path / "junit", self.models, self.scratch):
+        for folder in (self.results, self.logs, self.chapters, path / "junit", self.models, self.scratch) if create else ():
             folder.mkdir(parents=True, exist_ok=True)
         self._state = path / "state.json"
         self.entries: dict[str, Entry] = {}
@@ -95,7 +96,6 @@ class Folder:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
 
     def clear_scratch(self) -> None:
         """Empties the folder in which a unit may leave what it likes, also when it was killed."""

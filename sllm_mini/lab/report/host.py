@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sllm_mini.device.cpu import available_nbytes, cpu_count
+from sllm_mini.lab.children import last_line
 
 CORE = ("msgspec", "numpy", "rich", "safetensors", "tokenizers", "torch", "transformers", "typer", "xxhash")
 """What the package itself needs."""
@@ -79,8 +80,8 @@ class Host:
 
 
 def look(work: Path, *, rehearsal: bool) -> Host:
-    """Looks at this machine, with the disk that `work` is on. In a rehearsal the GPU is the recording fake. Never raises
-    for what is absent."""
+    """Looks at this machine, with the disk that `work`, which need not exist yet, is on. In a rehearsal the GPU is the
+    recording fake. Never raises for what is absent."""
     gpu, reason = _ask_for_gpu(rehearsal)
     return Host(
         python=f"{platform.python_version()} ({sys.executable})",
@@ -89,7 +90,7 @@ def look(work: Path, *, rehearsal: bool) -> Host:
         gpu=gpu,
         why_no_gpu=reason,
         memory_nbytes=min([available_nbytes(), *_container_nbytes()]),
-        disk_nbytes=shutil.disk_usage(work).free,
+        disk_nbytes=shutil.disk_usage(next(place for place in (work, *work.parents) if place.exists())).free,
         cpu_count=cpu_count(),
         system=f"{platform.system()} {platform.release()}",
     )
@@ -134,11 +135,10 @@ def _ask_for_gpu(rehearsal: bool) -> tuple[dict[str, Any] | None, str | None]:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None, f"asking for it took longer than {_TIMEOUT_SECONDS} s"
-    last = done.stderr.strip().splitlines()[-1:] or ["no reason was given"]
     try:
         answer = json.loads(done.stdout)
     except ValueError:
-        return None, last[0]
+        return None, last_line(done.stderr) or "no reason was given"
     return answer["gpu"], answer["reason"]
 
 

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sllm_mini.lab.children import signal_group
+
 MARK = "SLLM_MINI_REPORT_UNIT"
 _GRACE_SECONDS = 3.0
 
@@ -78,8 +80,7 @@ def _end(child: subprocess.Popen[bytes], mark: str) -> None:
         if not left:
             return
         if child.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, number)
+            signal_group(child, number)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)

@@ -43,13 +43,14 @@ def select(plan: Plan, words: Sequence[str]) -> list[Unit]:
     """
     keys = [unit.key for unit in plan.units]
     for word in words:
-        if word != "all" and not any(_matches(key, word) for key in (*keys, *plan.skipped)):
+        if word != "all" and not any(is_named(key, word) for key in (*keys, *plan.skipped)):
             raise ReportError(f"no stage or unit is called {word!r}; the stages are {', '.join(plan.stages)}, and --list shows their units")
-    return [unit for unit in plan.units if any(word == "all" or _matches(unit.key, word) for word in words)]
+    return [unit for unit in plan.units if any(is_named(unit.key, word) for word in words)]
 
 
-def _matches(key: str, word: str) -> bool:
-    return key.split("/")[0] == word or fnmatchcase(key, word)
+def is_named(key: str, word: str) -> bool:
+    """Whether a word of the command line names the unit with that key: its stage, its key or a pattern, or "all"."""
+    return word == "all" or key.split("/")[0] == word or fnmatchcase(key, word)
 
 
 class Runner:
