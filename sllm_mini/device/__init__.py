@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from sllm_mini.device.base import ALIGNMENT, Buffer, Device, Event, HostBuffer, Kernel, Stream
+from sllm_mini.device.base import ALIGNMENT, Buffer, Device, Event, HostBuffer, Kernel, Pinned, Stream
 from sllm_mini.device.cpu import CpuDevice, HostMemory
 from sllm_mini.device.cuda import CudaDevice, cuda_available, cuda_device, why_no_cuda
 from sllm_mini.errors import DeviceError
@@ -26,6 +26,7 @@ __all__ = [
     "HostBuffer",
     "HostMemory",
     "Kernel",
+    "Pinned",
     "Stream",
     "cuda_available",
     "get_device",

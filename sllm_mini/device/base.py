@@ -52,6 +52,29 @@ class HostBuffer(Buffer, Protocol):
         ...
 
 
+@runtime_checkable
+class Pinned(Protocol):
+    """Host memory that existed before, which a device copies from fastest until `close`.
+
+    It belongs to whoever mapped it, who keeps it mapped until then; dropping the last reference closes too.
+    """
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the memory is page-locked; for the CPU, which needs no such thing, it is not."""
+        ...
+
+    def close(self) -> None:
+        """Unlocks the memory, once however often it is called; call it when no copy uses the memory any more."""
+        ...
+
+
 class Event(Protocol):
     """A point in a stream's order of work."""
 
@@ -121,6 +144,10 @@ class Device(Protocol):
 
     def allocate_host(self, nbytes: int) -> HostBuffer:
         """Host memory that this device copies from fastest (pinned for a GPU), ready to be read into."""
+        ...
+
+    def pin(self, address: int, nbytes: int) -> Pinned:
+        """Makes host memory that exists already as fast to copy from as `allocate_host`'s, until it is closed."""
         ...
 
     def stream(self) -> Stream: ...

@@ -102,12 +102,13 @@ class HostMemory:
         numpy.bitwise_or(pages, 0, out=pages)
         self.view[offset] = self.view[offset]
 
-    def map_file(self, offset: int, fd: int, file_offset: int, nbytes: int) -> None:
+    def map_file(self, offset: int, fd: int, file_offset: int, nbytes: int, *, populate: bool = True) -> None:
         """Replaces `[offset, offset + nbytes)` by a private mapping of a file: nothing is copied until it is written.
 
-        Both offsets and the end must be multiples of the page size. Pages in the page cache are mapped at once. A
-        write goes to this process alone; a file that others truncate meanwhile kills the reader, so map only files
-        that are replaced, never changed in place. Raises DeviceError if the kernel refuses.
+        Both offsets and the end must be multiples of the page size. Pages in the page cache are mapped at once, or,
+        without `populate`, when `populate_mapped` is called or they are touched. A write goes to this process alone; a
+        file that others truncate meanwhile kills the reader, so map only files that are replaced, never changed in
+        place. Raises DeviceError if the kernel refuses.
         """
         check_range("host", self, offset, nbytes)
         if nbytes == 0:
@@ -116,8 +117,15 @@ class HostMemory:
         flags = mmap.MAP_PRIVATE | _MAP_FIXED
         if _libc.mmap(place, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, file_offset) != place:
             raise DeviceError(f"{nbytes:,} bytes of a file could not be mapped ({os.strerror(ctypes.get_errno())})")
+        if populate:
+            self.populate_mapped(offset, nbytes)
+
+    def populate_mapped(self, offset: int, nbytes: int) -> None:
+        """Maps the pages of a file in a range that `map_file` has put there, so that no use of them faults. Safe from
+        several threads, which work side by side; the GIL is free meanwhile."""
+        check_range("host", self, offset, nbytes)
         # Populating for reading maps what is cached; for writing (MAP_POPULATE) it would copy every page.
-        _libc.madvise(place, nbytes, _MADV_POPULATE_READ)
+        _libc.madvise(self.address + offset, nbytes, _MADV_POPULATE_READ)
 
     def tensor(self) -> torch.Tensor:
         import torch
@@ -194,6 +202,21 @@ def _copy(dst: Buffer, dst_offset: int, src: Buffer, src_offset: int, nbytes: in
     _libc.memmove(dst.address + dst_offset, src.address + src_offset, nbytes)
 
 
+class HostRange:
+    """A range of host memory that somebody else owns, left as it is: the CPU's answer to `Device.pin`."""
+
+    __slots__ = ("address", "nbytes")
+    pinned = False
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        require_size(nbytes)
+        self.address = address
+        self.nbytes = nbytes
+
+    def close(self) -> None:
+        return None
+
+
 class CpuDevice:
     """The processor and its memory. Safe to use from several threads."""
 
@@ -210,6 +233,9 @@ class CpuDevice:
     def allocate_host(self, nbytes: int) -> HostMemory:
         _require_free(nbytes)
         return HostMemory(nbytes, populate=True)
+
+    def pin(self, address: int, nbytes: int) -> HostRange:
+        return HostRange(address, nbytes)
 
     def stream(self) -> CpuStream:
         return CpuStream()

@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sllm_mini.device.cuda_memory import DeviceMemory, PinnedMemory
+from sllm_mini.device.cuda_memory import DeviceMemory, OpenedMemory, PinnedMemory, PinnedRange
 from sllm_mini.device.cuda_runtime import Binding, CudaRuntime, Launcher, Toolkit
 from sllm_mini.device.cuda_stream import CudaStream
 from sllm_mini.errors import DeviceError
@@ -82,6 +82,13 @@ class CudaDevice:
 
     def allocate_host(self, nbytes: int) -> PinnedMemory:
         return PinnedMemory(self.binding, nbytes)
+
+    def pin(self, address: int, nbytes: int) -> PinnedRange:
+        return PinnedRange(self.binding, address, nbytes)
+
+    def open_exported(self, handle: bytes, nbytes: int) -> OpenedMemory:
+        """The first `nbytes` of memory of this GPU that another process made known by `DeviceMemory.export`."""
+        return OpenedMemory(self.binding, handle, nbytes)
 
     def stream(self) -> CudaStream:
         return CudaStream(self.binding)

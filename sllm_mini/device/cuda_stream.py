@@ -11,7 +11,7 @@ import weakref
 from contextlib import AbstractContextManager
 
 from sllm_mini.device.base import Buffer, Event, HostBuffer, check_range
-from sllm_mini.device.cuda_memory import DeviceMemory
+from sllm_mini.device.cuda_memory import CudaBuffer
 from sllm_mini.device.cuda_runtime import NOT_READY, SUCCESS, Binding
 from sllm_mini.errors import DeviceError
 
@@ -96,7 +96,7 @@ class CudaStream:
                 runtime.memcpyAsync(target, source, nbytes, runtime.memcpyDeviceToHost, self.handle)
 
     def copy_on_device(self, dst: Buffer, dst_offset: int, src: Buffer, src_offset: int, nbytes: int) -> None:
-        if not isinstance(dst, DeviceMemory) or not isinstance(src, DeviceMemory):
+        if not isinstance(dst, CudaBuffer) or not isinstance(src, CudaBuffer):
             raise DeviceError("a copy on a GPU needs two buffers on GPUs; use copy_from_host or copy_to_host")
         target, source = _ends(dst, dst_offset, src, src_offset, nbytes)
         if not nbytes:

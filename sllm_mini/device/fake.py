@@ -4,10 +4,11 @@
 as a GPU may be: a stream's work is done only when a stream or an event is waited for or queried, so whoever reads a
 copy too early sees old bytes, and whoever refills a pinned buffer too early corrupts the copy. It checks addresses,
 current GPUs and handles, counts what is alive, runs out of memory at its limit and fails on demand. Safe from several
-threads. Taught in chapter 02.
+threads. Taught in chapters 02 and 03.
 
     runtime = RecordingRuntime(devices=2)
     gpu = runtime.device(1)  # a CudaDevice
+    other = RecordingRuntime(devices=2, beside=runtime)  # another process on the same GPUs
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sllm_mini.device.cuda import CudaDevice
 from sllm_mini.device.cuda_runtime import NOT_READY, OUT_OF_MEMORY, SUCCESS
+from sllm_mini.device.fake_gpus import Block, FakeGpus
 from sllm_mini.device.fake_machine import (
+    ALREADY_REGISTERED,
     INVALID_DEVICE,
     INVALID_HANDLE,
     INVALID_VALUE,
+    NO_PEER_ACCESS,
+    NOT_REGISTERED,
+    OWN_HANDLE,
     FakeCudaError,
     FakeEvent,
     FakeMachine,
@@ -49,7 +55,9 @@ def _recorded(
 
 class RecordingRuntime(FakeMachine):
     """See the module. `queries_before_done` makes each event answer "not ready" that often before it is done;
-    `kernels` are run in place of compiled ones, by name, instead of the package's host references."""
+    `kernels` are run in place of compiled ones, by name, instead of the package's host references. `beside` is another
+    process of the same machine: both take from the same GPUs' memory, as large as the first says, and either can open
+    what the other exports."""
 
     CUDARuntimeError: type[Exception] = FakeCudaError
     streamNonBlocking = 1
@@ -68,8 +76,10 @@ class RecordingRuntime(FakeMachine):
         pinned_nbytes: int = 1 << 30,
         queries_before_done: int = 0,
         kernels: Mapping[str, HostKernel] | None = None,
+        beside: RecordingRuntime | None = None,
     ) -> None:
-        super().__init__(devices, memory_nbytes, pinned_nbytes, queries_before_done)
+        gpus = FakeGpus(memory_nbytes) if beside is None else beside._gpus
+        super().__init__(devices, gpus, pinned_nbytes, queries_before_done)
         toolkit = FakeToolkit(self, kernels)
         self._cuda_devices = [CudaDevice(toolkit, index) for index in range(devices)]
 
@@ -107,7 +117,7 @@ class RecordingRuntime(FakeMachine):
             "name": b"Recording GPU",
             "major": 9,
             "minor": 0,
-            "totalGlobalMem": self._memory_nbytes,
+            "totalGlobalMem": self._gpus.memory_nbytes,
             "multiProcessorCount": 2,
             "memoryClockRate": 1_000_000,
             "memoryBusWidth": 1024,
@@ -116,7 +126,12 @@ class RecordingRuntime(FakeMachine):
 
     @_recorded
     def memGetInfo(self) -> tuple[int, int]:
-        return self._memory_nbytes - self.live_nbytes(self._current()), self._memory_nbytes
+        return self._gpus.free_nbytes(self._current()), self._gpus.memory_nbytes
+
+    @_recorded
+    def deviceGetPCIBusId(self, device: int) -> str:
+        require(0 <= device < self.device_count, INVALID_DEVICE)
+        return f"0000:{device:02X}:00.0"
 
     @_recorded
     def deviceSynchronize(self) -> None:
@@ -128,8 +143,9 @@ class RecordingRuntime(FakeMachine):
     def malloc(self, size: int) -> int:
         device = self._current()
         self._check_lost(device)
-        require(self.live_nbytes(device) + size <= self._memory_nbytes, OUT_OF_MEMORY)
+        require(size <= self._gpus.free_nbytes(device), OUT_OF_MEMORY)
         address = self._new_block(self._memory, size, device)
+        self._gpus.take(device, size)
         self.peak_nbytes[device] = max(self.peak_nbytes[device], self.live_nbytes(device))
         return address
 
@@ -144,14 +160,49 @@ class RecordingRuntime(FakeMachine):
     def free(self, ptr: int) -> None:
         require(ptr in self._memory, INVALID_VALUE)
         self._before_free(self._memory[ptr].device)
-        self._retire(self._memory.pop(ptr))
+        self._give_back(self._memory.pop(ptr))
 
     @_recorded
     def freeHost(self, ptr: int) -> None:
         require(ptr in self._pinned, INVALID_VALUE)
-        for device in range(self.device_count):
-            self._before_free(device)
+        self._before_unpin()
         self._retire(self._pinned.pop(ptr))
+
+    @_recorded
+    def hostRegister(self, ptr: int, size: int, flags: int) -> None:
+        require(ptr > 0 and size > 0 and flags == 1, INVALID_VALUE)
+        require(not self._shares_page(ptr, size), ALREADY_REGISTERED)
+        require(self.live_pinned_nbytes() + size <= self._pinned_nbytes, OUT_OF_MEMORY)
+        self._registered[ptr] = Block(ptr, size, self._current(), None)
+        self.peak_pinned_nbytes = max(self.peak_pinned_nbytes, self.live_pinned_nbytes())
+
+    @_recorded
+    def hostUnregister(self, ptr: int) -> None:
+        require(ptr in self._registered, NOT_REGISTERED)
+        self._before_unpin()
+        del self._registered[ptr]
+
+    # Memory of other processes
+
+    @_recorded
+    def ipcGetMemHandle(self, devPtr: int) -> bytes:
+        require(devPtr in self._memory, INVALID_VALUE)
+        return self._gpus.export(self._memory[devPtr])
+
+    @_recorded
+    def ipcOpenMemHandle(self, handle: bytes) -> int:
+        """Here at the address it has in its own process, which CUDA does not promise."""
+        block = self._gpus.find(handle)
+        if block is None:
+            raise FakeCudaError(INVALID_VALUE)
+        require(block is not self._memory.get(block.address), OWN_HANDLE)
+        require(block.device == self._current(), NO_PEER_ACCESS)
+        return self._map(block)
+
+    @_recorded
+    def ipcCloseMemHandle(self, devPtr: int) -> None:
+        require(devPtr in self._opened, INVALID_VALUE)
+        self._unmap(self._opened[devPtr])
 
     # Work in streams
 
@@ -165,8 +216,8 @@ class RecordingRuntime(FakeMachine):
         require(kind in on_device, INVALID_VALUE)
         pageable = False
         for address, device_side in zip((dst, src), on_device[kind], strict=True):
-            require(self._holds(self._memory, address, size) == device_side, INVALID_VALUE)
-            pageable |= not device_side and not self._holds(self._pinned, address, size)
+            require(self._on_device(address, size) == device_side, INVALID_VALUE)
+            pageable |= not device_side and not self._is_pinned(address, size)
         self._enqueue(self._stream(stream), partial(ctypes.memmove, dst, src, size))
         if pageable:  # CUDA stages it; the caller's memory is its own again when the call returns
             self.pageable_copies += 1
@@ -174,13 +225,13 @@ class RecordingRuntime(FakeMachine):
 
     @_recorded
     def memcpyPeerAsync(self, dst: int, dstDevice: int, src: int, srcDevice: int, size: int, stream: int) -> None:
-        require(self._holds(self._memory, dst, size, dstDevice), INVALID_VALUE)
-        require(self._holds(self._memory, src, size, srcDevice), INVALID_VALUE)
+        require(self._on_device(dst, size, dstDevice), INVALID_VALUE)
+        require(self._on_device(src, size, srcDevice), INVALID_VALUE)
         self._enqueue(self._stream(stream), partial(ctypes.memmove, dst, src, size))
 
     @_recorded
     def memsetAsync(self, ptr: int, value: int, size: int, stream: int) -> None:
-        require(self._holds(self._memory, ptr, size), INVALID_VALUE)
+        require(self._on_device(ptr, size), INVALID_VALUE)
         self._enqueue(self._stream(stream), partial(ctypes.memset, ptr, value, size))
 
     @_recorded

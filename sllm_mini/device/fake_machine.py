@@ -1,4 +1,4 @@
-"""The machine inside the fake CUDA runtime: memory that knows its bounds, streams of work not yet done, events, faults.
+"""What lies behind the fake CUDA runtime of a process: memory that knows its bounds, streams of work, events, faults.
 
 Each GPU's memory is host memory. Work waits in its stream until somebody needs a result; then it runs in order, with
 the work of other streams that it was told to wait for, and with nothing else. Taught in chapter 02.
@@ -14,19 +14,26 @@ from functools import partial
 from typing import Any
 
 from sllm_mini.device.cuda_runtime import NOT_READY, OUT_OF_MEMORY
+from sllm_mini.device.fake_gpus import Block, FakeGpus, Opening
 
 INVALID_VALUE, INVALID_DEVICE, INVALID_HANDLE, ILLEGAL_ADDRESS = 1, 101, 400, 700
+OWN_HANDLE, NO_PEER_ACCESS, ALREADY_REGISTERED, NOT_REGISTERED = 201, 217, 712, 713
 FRESH, FREED = 0xA5, 0xDD
 """What memory holds before anyone wrote to it, and after it was freed."""
 _ALIGNMENT = 512
-_NO_CONTEXT = frozenset({"getDevice", "getDeviceCount", "getDeviceProperties"})
+_PAGE = 4096
+_NO_CONTEXT = frozenset({"getDevice", "getDeviceCount", "getDeviceProperties", "deviceGetPCIBusId"})
 _ERRORS = {
     INVALID_VALUE: "cudaErrorInvalidValue: invalid argument",
     OUT_OF_MEMORY: "cudaErrorMemoryAllocation: out of memory",
     INVALID_DEVICE: "cudaErrorInvalidDevice: invalid device ordinal",
+    OWN_HANDLE: "cudaErrorDeviceUninitialized: invalid device context",
+    NO_PEER_ACCESS: "cudaErrorPeerAccessUnsupported: peer access is not supported between these two devices",
     INVALID_HANDLE: "cudaErrorInvalidResourceHandle: invalid resource handle",
     NOT_READY: "cudaErrorNotReady: device not ready",
     ILLEGAL_ADDRESS: "cudaErrorIllegalAddress: an illegal memory access was encountered",
+    ALREADY_REGISTERED: "cudaErrorHostMemoryAlreadyRegistered: part or all of the requested memory range is already mapped",
+    NOT_REGISTERED: "cudaErrorHostMemoryNotRegistered: pointer does not correspond to a registered memory region",
 }
 
 
@@ -51,16 +58,6 @@ class Call:
     args: tuple[Any, ...]
     device: int
     thread: str
-
-
-@dataclass(slots=True, eq=False)
-class Block:
-    """One allocation."""
-
-    address: int
-    nbytes: int
-    device: int
-    storage: Any
 
 
 @dataclass(slots=True, eq=False)
@@ -91,9 +88,9 @@ class Fault:
 
 
 class FakeMachine:
-    """GPUs made of host memory; `RecordingRuntime` gives them CUDA's calls. All methods hold the caller to `lock`."""
+    """One process and the GPUs it sees; `RecordingRuntime` adds CUDA's calls. All methods hold the caller to the lock."""
 
-    def __init__(self, devices: int, memory_nbytes: int, pinned_nbytes: int, queries_before_done: int) -> None:
+    def __init__(self, devices: int, gpus: FakeGpus, pinned_nbytes: int, queries_before_done: int) -> None:
         self.calls: list[Call] = []
         self.contexts: set[int] = set()
         """GPUs on which a context was made; on a real one it takes some 500 MB of the GPU's memory."""
@@ -101,16 +98,20 @@ class FakeMachine:
         """Frees that had to wait for enqueued work, as `cudaFree` does: correct, but a stall."""
         self.pageable_copies = 0
         """Copies from or to memory that is not pinned: they block the caller."""
+        self.frees_of_opened_memory = 0
+        """Frees of memory that another process still mapped, which reads anything from then on. Always a bug."""
         self.peak_nbytes: Counter[int] = Counter()
         self.peak_pinned_nbytes = 0
         self.device_count = devices
-        self._lock = threading.RLock()  # reentrant: a finalizer may free memory in the middle of any call
+        self._gpus = gpus
+        self._lock = gpus.lock
         self._thread = threading.local()
-        self._memory_nbytes = memory_nbytes
         self._pinned_nbytes = pinned_nbytes
         self._queries_before_done = queries_before_done
         self._memory: dict[int, Block] = {}
         self._pinned: dict[int, Block] = {}
+        self._registered: dict[int, Block] = {}  # host memory of others, pinned; the fake holds no storage for it
+        self._opened: dict[int, Opening] = {}
         self._freed: deque[Block] = deque(maxlen=16)  # kept, so that a stale tensor shows FREED and does not crash
         self._default_streams = [FakeStream(device) for device in range(devices)]
         self._streams: dict[int, FakeStream] = {}
@@ -133,13 +134,16 @@ class FakeMachine:
 
     def live_pinned_nbytes(self) -> int:
         with self._lock:
-            return sum(block.nbytes for block in list(self._pinned.values()))
+            return sum(block.nbytes for block in [*self._pinned.values(), *self._registered.values()])
 
     def leaks(self) -> dict[str, int]:
         """What is alive, by kind; empty when everything was given back."""
         alive = {
             "device bytes": sum(self.live_nbytes(device) for device in range(self.device_count)),
-            "pinned bytes": self.live_pinned_nbytes(),
+            "pinned bytes": sum(block.nbytes for block in list(self._pinned.values())),
+            "registered ranges": len(self._registered),
+            "opened handles": sum(opening.count for opening in list(self._opened.values())),
+            "frees of opened memory": self.frees_of_opened_memory,
             "streams": len(self._streams),
             "events": len(self._events),
         }
@@ -182,6 +186,26 @@ class FakeMachine:
             for block in list(blocks.values())
         )
 
+    def _on_device(self, address: int, nbytes: int, device: int | None = None) -> bool:
+        opened = {address: opening.block for address, opening in list(self._opened.items())}
+        return self._holds(self._memory, address, nbytes, device) or self._holds(opened, address, nbytes, device)
+
+    def _is_pinned(self, address: int, nbytes: int) -> bool:
+        return self._holds(self._pinned, address, nbytes) or self._holds(self._registered, address, nbytes)
+
+    def _shares_page(self, address: int, nbytes: int) -> bool:
+        """Whether pinned memory has a page in common with a range."""
+        first, last = address // _PAGE, (address + nbytes - 1) // _PAGE
+        return any(
+            block.address // _PAGE <= last and first <= (block.address + block.nbytes - 1) // _PAGE
+            for block in [*self._pinned.values(), *self._registered.values()]
+        )
+
+    def _give_back(self, block: Block) -> None:
+        self.frees_of_opened_memory += block.mappings > 0
+        self._gpus.give(block)
+        self._retire(block)
+
     def _retire(self, block: Block) -> None:
         block.storage.fill(FREED)
         self._freed.append(block)
@@ -194,6 +218,25 @@ class FakeMachine:
         elif any(lane.work for lane in lanes):
             self.implicit_synchronizations += 1
             self._finish(device)
+
+    def _before_unpin(self) -> None:
+        for device in range(self.device_count):
+            self._before_free(device)
+
+    def _map(self, block: Block) -> int:
+        if block.address in self._opened:
+            self._opened[block.address].count += 1
+        else:
+            block.mappings += 1
+            self._opened[block.address] = Opening(block)
+        return block.address
+
+    def _unmap(self, opening: Opening) -> None:
+        self._before_free(opening.block.device)
+        opening.count -= 1
+        if not opening.count:
+            opening.block.mappings -= 1
+            del self._opened[opening.block.address]
 
     def _new_handle(self) -> int:
         self._handles += 0x10

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 LEAF_NBYTES = 64 << 10
 BLOCK_NBYTES = 4096
-"""Leaves are multiples of this; a checkpoint's partitions are padded to it."""
+"""A checkpoint's partitions are padded to this, so that a direct read of any whole block of them is aligned, and the
+kernel that hashes leaves need know no other length."""
 _VECTOR_NBYTES = 16
 _THREADS = 256
 _WARP = 32

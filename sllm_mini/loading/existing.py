@@ -13,7 +13,7 @@ from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.checkpoint.dtypes import dtype_name
 from sllm_mini.device import get_device
 from sllm_mini.device.base import Device
-from sllm_mini.errors import LoadError
+from sllm_mini.errors import DeviceError, LoadError
 from sllm_mini.loading.plan import LoadPlan
 from sllm_mini.loading.ring import Piece
 
@@ -41,8 +41,13 @@ class TensorMemory:
 def devices_of(checkpoint: Checkpoint, into: Mapping[str, torch.Tensor]) -> tuple[list[Device], dict[str, int]]:
     """The devices that existing tensors are on, and the device's number for each name.
 
-    Raises LoadError for a tensor that the checkpoint does not hold, or holds in another type or shape, or that is not
-    contiguous, there or here: nothing has been written then."""
+    Raises TypeError for what is no mapping of names to tensors, LoadError for a tensor that the checkpoint does not
+    hold, or holds in another type or shape, or that is not contiguous, there or here, or that is on no device that can
+    be loaded to: nothing has been written then."""
+    import torch
+
+    if not isinstance(into, Mapping):
+        raise TypeError(f"`into` is a {type(into).__name__}; give a mapping from names to tensors, such as a model's state_dict()")
     entries = {tensor.name: tensor for tensor in checkpoint.index.tensors}
     numbers: dict[str, int] = {}
     devices: dict[str, Device] = {}
@@ -50,6 +55,8 @@ def devices_of(checkpoint: Checkpoint, into: Mapping[str, torch.Tensor]) -> tupl
         entry = entries.get(name)
         if entry is None:
             raise LoadError(f"the checkpoint holds no tensor {name!r}", path=checkpoint.path)
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"`into` has a {type(tensor).__name__} under {name!r}; give a torch tensor")
         found, wanted = (dtype_name(tensor.dtype), tuple(tensor.shape)), (entry.dtype, tuple(entry.shape))
         if found != wanted:
             raise LoadError(f"{name!r} is {wanted[0]} {list(wanted[1])} there and cannot be put into {found[0]} {list(found[1])}", path=checkpoint.path)
@@ -57,7 +64,10 @@ def devices_of(checkpoint: Checkpoint, into: Mapping[str, torch.Tensor]) -> tupl
             raise LoadError(f"{name!r} is not contiguous and cannot be put into existing memory; load it without `into`", path=checkpoint.path)
         place = str(tensor.device)
         if place not in devices:
-            devices[place] = get_device(place)
+            try:
+                devices[place] = get_device(place)
+            except DeviceError as error:
+                raise LoadError(f"{name!r} is on {place}, and nothing can be loaded there: {error}", path=checkpoint.path) from error
         numbers[name] = list(devices).index(place)
     if not into:
         raise LoadError("there is no tensor to load into; name at least one", path=checkpoint.path)

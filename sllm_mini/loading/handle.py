@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from sllm_mini.checkpoint.composite import check_composite_kind, restore_composite
+from sllm_mini.checkpoint.composite import check_composite_kind
 from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.device.base import Buffer
 from sllm_mini.errors import LoadCancelled, LoadError
 from sllm_mini.loading.flow import LoadReport
 from sllm_mini.loading.pipeline import Pipeline
 from sllm_mini.loading.plan import Chunk, LoadPlan
+from sllm_mini.loading.restore import join_composites
 from sllm_mini.types import Progress
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class LoadHandle:
         self._needs: dict[str, frozenset[int]] = {}
         self._entries = {tensor.name: (tensor, device) for tensor, device in plan.tensors}
         self._missing = {chunk.number for chunk in plan.chunks}
-        self._done_nbytes = 0
+        self._done_nbytes = plan.nbytes - sum(chunk.nbytes for chunk in plan.chunks)
         self._error: BaseException | None = None
         self._ended = False
         self._changed = threading.Condition()
@@ -108,11 +109,7 @@ class LoadHandle:
         with self._changed:
             self._raise_if_failed()
             tensors = dict(self._tensors)
-        for composite in self.checkpoint.index.composites:
-            if all(part in tensors for part in composite.parts.values()):
-                parts = {short: tensors.pop(full) for short, full in composite.parts.items()}
-                tensors[composite.name] = restore_composite(composite, parts, self.checkpoint.path)
-        return tensors
+        return join_composites(self.checkpoint, tensors)
 
     def cancel(self) -> None:
         """Ends the load; returns when every thread is gone and all memory given back. Does nothing after the end."""

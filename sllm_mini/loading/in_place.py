@@ -1,8 +1,9 @@
 """Chunks of a CPU target, straight into place: each byte is moved once.
 
 What the page cache holds is mapped; the rest is read into pages that one thread backs with memory ahead of the reads, so
-that a read in flight never waits for a page fault and the system's memory is asked for early. Costs no memory beside
-the model's own. Taught in chapter 02.
+that a read in flight never waits for a page fault and the system's memory is asked for early. Where whole files are
+cached there is no disk to keep busy, so that thread and most readers are not started. Costs no memory beside the
+model's own. Taught in chapter 02.
 """
 
 from __future__ import annotations
@@ -10,26 +11,31 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterable
 
-from sllm_mini.device.cpu import HostMemory
+from sllm_mini.device.cpu import HostMemory, cpu_count
 from sllm_mini.loading.flow import Flow
 from sllm_mini.loading.plan import Chunk
-from sllm_mini.loading.reader import PartitionReader
+from sllm_mini.loading.reader import Reader
 
-_CLAIMED, _BACKED, _CACHED = 1, 2, 3
+_CLAIMED, _BACKED, _CACHED, _MAPPED = 1, 2, 3, 4
 
 
 class InPlace:
     """Puts chunks into one contiguous host allocation that nothing has been put into yet. Safe from several threads."""
 
-    def __init__(self, flow: Flow, memory: HostMemory, chunks: Iterable[Chunk], readers: list[PartitionReader]) -> None:
+    def __init__(self, flow: Flow, memory: HostMemory, chunks: Iterable[Chunk], readers: list[Reader]) -> None:
         self._flow, self._memory, self._readers = flow, memory, readers
         self._chunks = list(chunks)
         self._states: dict[int, int] = {}
         self.free_slots = len(self._chunks)
+        self.readers = flow.options.threads
+        if flow.options.use_cached and flow.options.map_cached:
+            self._map_cached_files()
+            if len(self._states) == len(self._chunks):
+                self.readers = min(self.readers, cpu_count())
 
     def threads(self) -> list[tuple[str, Callable[[], None]]]:
         """What it wants done beside the reads: (name, work)."""
-        return [("pages", self._back_ahead)]
+        return [("pages", self._back_ahead)] if len(self._states) < len(self._chunks) else []
 
     def deliver(self, chunk: Chunk) -> None:
         """Reads or maps one chunk into place. Raises LoadError, IntegrityError or OutOfMemoryError."""
@@ -39,11 +45,13 @@ class InPlace:
         if state == _CLAIMED:
             return  # the load has failed elsewhere, and nobody makes pages for this chunk any more
         cached = state == _CACHED
-        # A kernel with pages larger than the format's blocks cannot map every chunk.
-        mapped = cached and flow.options.map_cached and not (chunk.file_offset | chunk.device_offset | chunk.nbytes) % mmap.PAGESIZE
+        mapped = state == _MAPPED or (cached and flow.options.map_cached and _mappable(chunk.device_offset, chunk.file_offset, chunk.nbytes))
         if mapped:
             with flow.span("map", chunk):
-                self._memory.map_file(chunk.device_offset, reader.fd, chunk.file_offset, chunk.nbytes)
+                if state == _MAPPED:
+                    self._memory.populate_mapped(chunk.device_offset, chunk.nbytes)
+                else:
+                    self._memory.map_file(chunk.device_offset, reader.fd, chunk.file_offset, chunk.nbytes)
             direct = False
         else:
             with flow.span("read", chunk):
@@ -57,6 +65,17 @@ class InPlace:
 
     def close(self) -> None:
         """It owns nothing."""
+
+    def _map_cached_files(self) -> None:
+        """Maps each file that the page cache holds whole, in one call; its pages follow chunk by chunk, side by side."""
+        for partition in {chunk.partition for chunk in self._chunks}:
+            own = [chunk for chunk in self._chunks if chunk.partition == partition]
+            first, nbytes = min(own, key=lambda chunk: chunk.file_offset), sum(chunk.nbytes for chunk in own)
+            in_one = max(chunk.file_offset + chunk.nbytes for chunk in own) - first.file_offset == nbytes  # a subset may have holes
+            reader = self._readers[partition]
+            if in_one and _mappable(first.device_offset, first.file_offset, nbytes) and reader.is_cached(first.file_offset, nbytes):
+                self._memory.map_file(first.device_offset, reader.fd, first.file_offset, nbytes, populate=False)
+                self._states |= dict.fromkeys((chunk.number for chunk in own), _MAPPED)
 
     def _back_ahead(self) -> None:
         for chunk in self._chunks:
@@ -88,3 +107,8 @@ class InPlace:
             self._states[chunk.number] = state
             self._flow.changed.notify_all()
         return state
+
+
+def _mappable(device_offset: int, file_offset: int, nbytes: int) -> bool:
+    """Whether a file's bytes can be mapped there: a kernel may have pages larger than the format's blocks."""
+    return not (device_offset | file_offset | nbytes) % mmap.PAGESIZE

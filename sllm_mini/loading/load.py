@@ -22,10 +22,10 @@ from sllm_mini.loading.existing import devices_of, scatter
 from sllm_mini.loading.flow import IN_PLACE, Flow, LoadOptions
 from sllm_mini.loading.handle import LoadHandle
 from sllm_mini.loading.in_place import InPlace
-from sllm_mini.loading.pipeline import Pipeline, Target
+from sllm_mini.loading.pipeline import Pipeline, Target, TargetMaker
 from sllm_mini.loading.plan import Chunk, LoadPlan, plan_load
 from sllm_mini.loading.pool import ChunkPool
-from sllm_mini.loading.reader import PartitionReader
+from sllm_mini.loading.reader import Reader
 from sllm_mini.loading.restore import restore_tensors
 from sllm_mini.loading.ring import Piece, Ring
 from sllm_mini.types import SpanRecorder
@@ -54,7 +54,8 @@ def start_load(
     memory on the way to a GPU (or to existing tensors), so that no load has to pin its own. `recorder` gets a span for
     each stage of each chunk. Raises what `open_checkpoint` raises, OutOfMemoryError before anything is read if the
     target is too small, LoadError for an unknown name or an unfit tensor, ValueError for arguments that contradict each
-    other or a pool that does not fit. Safe from several threads.
+    other or a pool that does not fit or was closed, TypeError for an `into` that does not map names to tensors. Safe
+    from several threads.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     if into is not None:
@@ -70,6 +71,8 @@ def start_load(
     if options is None:
         in_place = into is None and all(target.is_host for target in devices)
         options = IN_PLACE if in_place else LoadOptions() if pool is None else LoadOptions(chunk_nbytes=pool.chunk_nbytes)
+    if pool is not None:
+        pool.require_open()
     if pool is not None and not any(_lends(pool, target) and (into is not None or not target.is_host) for target in devices):
         raise ValueError(f"the pool has memory for {pool.device.name}, which no chunk of this load passes through; make it for the load's device")
     if pool is not None and pool.chunk_nbytes != options.chunk_nbytes:
@@ -82,12 +85,9 @@ def start_load(
             for target, nbytes in zip(devices, plan.device_nbytes, strict=True):
                 buffers.append(target.allocate(nbytes))
         bases = [buffer.tensor() for buffer in buffers]
-        handle = LoadHandle(checkpoint, plan, list(buffers))
-        flow = Flow(checkpoint.index, options, verify=verify, recorder=recorder, on_chunk=handle._on_chunk)
-        pipeline = Pipeline(checkpoint, plan, flow, handle._on_end)
-        handle._attach(pipeline)
         scattered = None if into is None else scatter(plan, into)
-        pipeline.start(partial(_targets, plan, devices, buffers, scattered, pool))
+        make_targets = partial(_targets, plan, devices, buffers, scattered, pool)
+        handle = start_transfer(checkpoint, plan, make_targets, options=options, verify=verify, recorder=recorder, buffers=list(buffers))
     except BaseException:
         for buffer in buffers:
             buffer.close()
@@ -99,6 +99,35 @@ def start_load(
         handle.cancel()
         raise
     return handle
+
+
+def start_transfer(
+    checkpoint: Checkpoint,
+    plan: LoadPlan,
+    make_targets: TargetMaker,
+    *,
+    options: LoadOptions,
+    verify: bool = True,
+    reads: bool = True,
+    recorder: SpanRecorder | None = None,
+    buffers: Sequence[Buffer] = (),
+) -> LoadHandle:
+    """Carries out a plan with targets of the caller's own, and returns at once; the handle makes no tensors.
+
+    What a store is made of: `start_load` is this with memory and tensors of its own. `reads`: whether the targets want
+    the checkpoint's files open. `buffers` are closed if it fails. Raises what opening the files and `make_targets` raise.
+    """
+    handle = LoadHandle(checkpoint, plan, list(buffers))
+    flow = Flow(checkpoint.index, options, verify=verify, recorder=recorder, on_chunk=handle._on_chunk)
+    pipeline = Pipeline(checkpoint, plan, flow, handle._on_end, reads=reads)
+    handle._attach(pipeline)
+    pipeline.start(make_targets)
+    return handle
+
+
+def ring_into(device: Device, buffer: Buffer, pool: ChunkPool | None = None) -> TargetMaker:
+    """For `start_transfer`: chunks go through pinned memory to their places in one buffer on a GPU."""
+    return lambda flow, readers: [Ring(flow, device, partial(_one_piece, buffer), readers, whole=buffer.nbytes > 0, pool=pool)]
 
 
 def _restore(plan: LoadPlan, bases: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -113,7 +142,7 @@ def _restore(plan: LoadPlan, bases: Sequence[torch.Tensor]) -> dict[str, torch.T
 
 def _targets(
     plan: LoadPlan, devices: Sequence[Device], buffers: Sequence[Buffer], scattered: Mapping[int, Sequence[Piece]] | None,
-    pool: ChunkPool | None, flow: Flow, readers: list[PartitionReader],
+    pool: ChunkPool | None, flow: Flow, readers: list[Reader],
 ) -> list[Target]:  # fmt: skip
     targets: list[Target] = []
     try:

@@ -17,13 +17,14 @@ from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.errors import LoadError
 from sllm_mini.loading.flow import Flow
 from sllm_mini.loading.plan import Chunk, LoadPlan
-from sllm_mini.loading.reader import PartitionReader
+from sllm_mini.loading.reader import Reader, open_reader
 
 
 class Target(Protocol):
-    """Where the chunks of one device go: `InPlace` or `Ring`."""
+    """Where the chunks of one device go: `InPlace` or `Ring`. `readers`: threads that are of use to it at once."""
 
     free_slots: int
+    readers: int
 
     def threads(self) -> list[tuple[str, Callable[[], None]]]: ...
 
@@ -34,7 +35,7 @@ class Target(Protocol):
     def close(self) -> None: ...
 
 
-TargetMaker = Callable[[Flow, list[PartitionReader]], Sequence[Target]]
+TargetMaker = Callable[[Flow, list[Reader]], Sequence[Target]]
 """Makes the targets, in the order of the plan's devices, once the files are open."""
 
 
@@ -49,13 +50,14 @@ def next_chunk(pending: Sequence[Chunk], free_slots: Sequence[int]) -> int | Non
 
 
 class Pipeline:
-    """Carries out a plan on its own threads. `start`, then `join`; `stop` ends it early. Internal to this floor."""
+    """Carries out a plan on its own threads. `start`, then `join`; `stop` ends it early. `reads`: whether the targets want
+    the checkpoint's files open (bytes may be in memory already). Used through `start_load` and `start_transfer`."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: LoadPlan, flow: Flow, on_end: Callable[[BaseException | None], None]) -> None:
+    def __init__(self, checkpoint: Checkpoint, plan: LoadPlan, flow: Flow, on_end: Callable[[BaseException | None], None], *, reads: bool = True) -> None:
         self.flow = flow
-        self._checkpoint, self._on_end = checkpoint, on_end
+        self._checkpoint, self._on_end, self._reads = checkpoint, on_end, reads
         self._pending = list(plan.chunks)
-        self._readers: list[PartitionReader] = []
+        self._readers: list[Reader] = []
         self._targets: list[Target] = []
         self._threads: list[threading.Thread] = []
         self._running = 0
@@ -64,13 +66,13 @@ class Pipeline:
         """Opens the files and starts the threads. Raises, leaving nothing behind, if either cannot be done."""
         self.flow.report.started = time.monotonic()
         try:
-            for number in range(len(self._checkpoint.index.partitions)):
-                self._readers.append(PartitionReader(self._checkpoint, number, direct=self.flow.options.direct))
+            for number in range(len(self._checkpoint.index.partitions) if self._reads else 0):
+                self._readers.append(open_reader(self._checkpoint, number, direct=self.flow.options.direct))
             self._targets.extend(make_targets(self.flow, self._readers))
         except BaseException:
             self._release()
             raise
-        self._running = readers = min(self.flow.options.threads, max(len(self._pending), 1))
+        self._running = readers = min(max(target.readers for target in self._targets), max(len(self._pending), 1))
         beside = [(f"sllm-{name}-{number}", work) for number, target in enumerate(self._targets) for name, work in target.threads()]
         self._threads = [threading.Thread(target=self._beside, args=(work,), name=name) for name, work in beside]
         self._threads += [threading.Thread(target=self._read_chunks, name=f"sllm-read-{number}") for number in range(readers)]

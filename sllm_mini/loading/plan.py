@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sllm_mini.checkpoint.index import Index, TensorEntry
 from sllm_mini.checkpoint.layout import align_up
@@ -53,6 +53,11 @@ class LoadPlan:
     @property
     def nbytes(self) -> int:
         return sum(self.device_nbytes)
+
+    def after(self, done_nbytes: int) -> LoadPlan:
+        """What is left to do where the first `done_nbytes` of the one device's allocation are in place already; a chunk that
+        is there in part is moved again."""
+        return replace(self, chunks=tuple(chunk for chunk in self.chunks if chunk.device_offset + chunk.nbytes > done_nbytes))
 
     def place(self, tensor: TensorEntry, device: int) -> int:
         """The offset of a tensor's first byte in its device's allocation (0 for a tensor without bytes)."""

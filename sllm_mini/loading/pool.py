@@ -18,7 +18,7 @@ from sllm_mini.device.base import Device, HostBuffer
 
 class ChunkPool:
     """Chunks of the host memory that `device` copies from fastest. Safe from several threads and several loads; as a
-    context manager it closes itself. Raises ValueError for sizes that no load could use, DeviceError for a device that is
+    context manager it closes itself; a load that starts after that is refused. Raises ValueError for sizes that no load could use, DeviceError for a device that is
     not there.
 
         with ChunkPool("cuda") as pool:
@@ -40,8 +40,15 @@ class ChunkPool:
         with self._lock:
             return len(self._kept) * self.chunk_nbytes
 
+    def require_open(self) -> None:
+        """Raises ValueError if it was closed. Loads that had it before go on: what they take is freed as it comes back."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("the pool was closed; make a new one, or close it after the last load that uses it")
+
     def fill(self) -> None:
-        """Takes all its memory now, so that no load has to. Raises OutOfMemoryError."""
+        """Takes all its memory now, so that no load has to. Raises OutOfMemoryError, and ValueError once it was closed."""
+        self.require_open()
         taken = [self.take() for _ in range(self.chunks)]
         for buffer in taken:
             self.give(buffer)

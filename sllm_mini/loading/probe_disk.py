@@ -22,6 +22,7 @@ from itertools import count
 from threading import Event
 
 import numpy as np
+
 # Here and not where it is used: while numpy.random is being imported a Ctrl-C is swallowed, and numpy puts it off
 # until the first use, which would be in the midst of measuring.
 from numpy.random import default_rng
@@ -38,6 +39,7 @@ from sllm_mini.loading.probe_samples import (
     run_threads,
     sample_in_rounds,
 )
+from sllm_mini.loading.reader import read_whole
 
 MIB = 1 << 20
 SWEEP = ((16 * MIB, 1), (16 * MIB, 2), (16 * MIB, 4), (4 * MIB, 4), (4 * MIB, 8))
@@ -183,16 +185,6 @@ def seconds_to_read(fd: int, nbytes: int, chunk_nbytes: int, threads: int) -> fl
             read_whole(fd, mine[: min(chunk_nbytes, nbytes - at)], at)
 
     return run_threads(threads, work)
-
-
-def read_whole(fd: int, into: memoryview, offset: int) -> None:
-    """Fills `into` from `offset` of a file. Raises OSError if the file ends before that, or a read fails."""
-    done = 0
-    while done < len(into):
-        got = os.preadv(fd, [into[done:]], offset + done)
-        if got == 0:
-            raise OSError(f"the file ended at byte {offset + done:,} while it was being read")
-        done += got
 
 
 def _cached_reads(file: _ProbeFile, deadline: Deadline, rounds: int) -> Samples:

@@ -10,12 +10,47 @@ import errno
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.errors import LoadError
 from sllm_mini.loading.residency import cached_nbytes
 
 _NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
+
+
+class Reader(Protocol):
+    """One partition, wherever its bytes are: on a disk (`PartitionReader`) or behind a network. Safe from several threads
+    until closed."""
+
+    path: Path
+    """What errors name."""
+    fallback: str | None
+    """Why reads are not made as asked for; None if they are."""
+    fd: int
+    """The file, for mapping what `is_cached` says is there; -1 where there is none."""
+
+    def is_cached(self, offset: int, nbytes: int) -> bool: ...
+
+    def read(self, view: memoryview, offset: int, *, cached: bool) -> bool:
+        """Fills `view` from `offset` of the partition; returns whether it went around the page cache."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class HasReaders(Protocol):
+    """A checkpoint whose bytes are not in its folder (see `storage.remote`)."""
+
+    def open_reader(self, number: int, *, direct: bool) -> Reader: ...
+
+
+def open_reader(checkpoint: Checkpoint, number: int, *, direct: bool) -> Reader:
+    """The reader of partition `number`. Raises what opening its file raises."""
+    if isinstance(checkpoint, HasReaders):
+        return checkpoint.open_reader(number, direct=direct)
+    return PartitionReader(checkpoint, number, direct=direct)
 
 
 class PartitionReader:
@@ -74,3 +109,14 @@ class PartitionReader:
             if fd is not None:
                 os.close(fd)
         self._direct_fd = None
+
+
+def read_whole(fd: int, into: memoryview, offset: int) -> None:
+    """Fills `into` from `offset` of a file, as plainly as can be. Raises OSError for a read that fails, LoadError for a
+    file that ends before that."""
+    done = 0
+    while done < len(into):
+        got = os.preadv(fd, [into[done:]], offset + done)
+        if got == 0:
+            raise LoadError(f"the file ends here; {len(into) - done:,} more bytes were expected", offset=offset + done)
+        done += got

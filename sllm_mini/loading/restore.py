@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from sllm_mini.checkpoint.composite import restore_composite
+from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.checkpoint.dtypes import torch_dtype
 from sllm_mini.checkpoint.index import TensorEntry
 
@@ -30,6 +32,15 @@ def restore_tensors(base: torch.Tensor, places: Iterable[tuple[TensorEntry, int]
                 view = whole.view(torch_dtype(entry.dtype))
                 found = typed[entry.dtype] = (view, view.element_size())
             tensors[entry.name] = found[0].as_strided(entry.shape, entry.stride, offset // found[1])
+    return tensors
+
+
+def join_composites(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors with each composite, all of whose parts are there, in the place of its parts. Raises FormatError."""
+    for composite in checkpoint.index.composites:
+        if all(part in tensors for part in composite.parts.values()):
+            parts = {short: tensors.pop(full) for short, full in composite.parts.items()}
+            tensors[composite.name] = restore_composite(composite, parts, checkpoint.path)
     return tensors
 
 

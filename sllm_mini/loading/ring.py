@@ -21,7 +21,7 @@ from sllm_mini.loading.device_hash import DeviceHash
 from sllm_mini.loading.flow import Flow
 from sllm_mini.loading.plan import Chunk
 from sllm_mini.loading.pool import ChunkPool
-from sllm_mini.loading.reader import PartitionReader
+from sllm_mini.loading.reader import Reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,13 @@ class Ring:
     device, in memory nobody else uses yet, so that it can be hashed there. Safe from several threads, but for `close`."""
 
     def __init__(
-        self, flow: Flow, device: Device, pieces: Callable[[Chunk], Sequence[Piece]], readers: list[PartitionReader], *, whole: bool, pool: ChunkPool | None
+        self, flow: Flow, device: Device, pieces: Callable[[Chunk], Sequence[Piece]], readers: list[Reader], *, whole: bool, pool: ChunkPool | None
     ) -> None:
         self._flow, self._pieces, self._readers = flow, pieces, readers
         self._pool = ChunkPool(device, chunk_nbytes=flow.options.chunk_nbytes, chunks=flow.options.ring_chunks) if pool is None else pool
         self._own_pool = pool is None
         self.free_slots = flow.options.ring_chunks
+        self.readers = flow.options.threads
         self._made: list[_Slot] = []
         self._free: list[_Slot] = []
         self._copies: queue.SimpleQueue[_Copy | None] = queue.SimpleQueue()
