@@ -59,6 +59,14 @@ class LoadCancelled(LoadError):
     """The load was cancelled by its owner."""
 
 
+class RemoteError(_FileError):
+    """Something remote cannot be read, or changed while it was; `path` is its address without any credentials."""
+
+
+class StoreError(SllmError):
+    """The store cannot do what was asked: a name it does not know, no room, a lease in the way, a store that is gone."""
+
+
 class DeviceError(SllmError):
     """A device call failed, or the device asked for is not there."""
 

@@ -83,6 +83,16 @@ class CudaBuffer:
         with self.binding.active("share memory with torch"):
             return self.binding.toolkit.share(allocation.address, self.nbytes, self.binding.index, allocation)
 
+    def lend(self, on_return: Callable[[], object]) -> CudaBuffer:
+        """The same memory as a buffer of its own. `on_return` is called once, when that buffer and every tensor made from
+        it are gone: on whatever thread that happens, perhaps amid a collection, so it must not block; not at exit."""
+        owner = self._open()
+
+        def give_back(binding: Binding, address: int, owner: _Allocation = owner) -> None:
+            on_return()
+
+        return CudaBuffer(self.binding, self.nbytes, _Allocation(owner.address, give_back, self.binding))
+
     def close(self) -> None:
         self._allocation = None
 

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from sllm_mini.checkpoint import quantised
+from sllm_mini.checkpoint.composite import is_plain
 from sllm_mini.checkpoint.directory import Checkpoint, open_checkpoint
 from sllm_mini.checkpoint.dtypes import ITEM_NBYTES, torch_dtype
 from sllm_mini.device import get_device
@@ -71,8 +73,7 @@ def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ModelError(f"{checkpoint.path}: config.json asks for quantised modules, which load_model does not build; load_tensors still works")
+        _check_quantisation(getattr(config, "quantization_config", None), checkpoint)
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=_model_dtype(config, checkpoint))
         if any(companion.file == "generation_config.json" for companion in checkpoint.index.companions):
@@ -84,6 +85,20 @@ def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{checkpoint.path}: config.json does not describe a causal language model that can be built: {reason}") from error
     return model.eval()
+
+
+def _check_quantisation(asked: Any, checkpoint: Checkpoint) -> None:
+    """Raises ModelError unless the checkpoint's own weights are all that the configuration asks for."""
+    kept = any(composite.kind in quantised.KINDS for composite in checkpoint.index.composites)
+    if kept:
+        quantised.import_torchao()  # it takes seconds, and the bytes are on their way meanwhile
+    if asked is None:
+        return
+    method = asked.get("quant_method") if isinstance(asked, Mapping) else getattr(asked, "quant_method", None)
+    if str(getattr(method, "value", method)) != "torchao":
+        raise ModelError(f"{checkpoint.path}: config.json asks for quantised modules of another kind than torchao's, which load_model does not build; load_tensors still works")
+    if not kept:
+        raise ModelError(f"{checkpoint.path}: config.json says that torchao quantised the weights, and the checkpoint holds none of its tensors; convert the model again")
 
 
 def _model_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
@@ -131,9 +146,13 @@ def fill(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], device: st
     slots = _slots(model)
     matched = _match_names(model, slots, tensors)
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    for target, source in tied.items():
-        # Saved from a live model: both names, one storage. Tying again is free; comparing them would read both.
-        if target in matched and source in matched and matched[target].data_ptr() == matched[source].data_ptr():
+    for target, source in list(tied.items()):
+        if target not in matched or source not in matched:
+            continue
+        if not is_plain(matched[target]) or not is_plain(matched[source]):
+            del tied[target]  # one of them was quantised since, so they are two; comparing them would undo it
+        elif matched[target].data_ptr() == matched[source].data_ptr():
+            # Saved from a live model: both names, one storage. Tying again is free; comparing them would read both.
             del matched[target]
     for name, tensor in matched.items():
         module, leaf = slots[name]
@@ -189,6 +208,8 @@ def _put(module: torch.nn.Module, leaf: str, name: str, tensor: torch.Tensor, ch
         expected = None if place is None else tuple(place.shape)
         raise ModelError(f"{checkpoint.path}: tensor {name!r} has shape {tuple(tensor.shape)} but the model needs {expected}")
     if tensor.dtype != place.dtype and place.is_floating_point():
+        if not is_plain(tensor):
+            raise ModelError(f"{checkpoint.path}: tensor {name!r} computes in {tensor.dtype} but config.json asks for {place.dtype}; name the former there")
         tensor = tensor.to(place.dtype)  # as from_pretrained does where file and configuration differ
     if current is not None:
         module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)

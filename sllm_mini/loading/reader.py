@@ -41,7 +41,7 @@ class Reader(Protocol):
 
 @runtime_checkable
 class HasReaders(Protocol):
-    """A checkpoint whose bytes are not in its folder (see `storage.remote`)."""
+    """A checkpoint whose bytes are not in its folder (see `storage.remote`). Its readers check every hash themselves."""
 
     def open_reader(self, number: int, *, direct: bool) -> Reader: ...
 

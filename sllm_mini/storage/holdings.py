@@ -1,0 +1,203 @@
+"""What a store's places hold, who uses it, and what goes when memory is short. No I/O: everything here ends at once.
+
+Leases come from two ends of the machine, from tensors that a garbage collector drops and from sockets that the kernel
+closes, so a lease is ended by putting it into a queue, which any thread may do at any moment; it is taken note of before
+the next decision. Taught in chapter 03.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from sllm_mini.errors import StoreError
+from sllm_mini.eviction import Policy, Resident, choose_victims, next_clock
+from sllm_mini.storage import messages
+from sllm_mini.storage.attach import Arriving
+from sllm_mini.storage.places import DevicePlace, Dram, Image
+from sllm_mini.storage.sources import DISK, Version
+
+DRAM = "dram"
+Listener = Callable[[messages.Happened], None]
+
+
+class NoRoomError(StoreError):
+    """A place has no room for a model, whatever is evicted from it."""
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A registered model and how it was used. `lock` orders the loads of it."""
+
+    name: str
+    version: Version
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    leases: Counter[str] = field(default_factory=Counter)
+    pinned: set[str] = field(default_factory=set)
+    last_used: float = 0.0
+    uses: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What bringing all of it to a place took the last time."""
+    clock: dict[str, float] = field(default_factory=dict)
+
+
+class Lease:
+    """The right to an image's memory until `close`, which any thread may call at any moment, also twice."""
+
+    def __init__(self, entry: Entry, place: str, image: Image, found_in: str, ended: queue.SimpleQueue[Lease]) -> None:
+        self.entry, self.place, self.image, self.found_in = entry, place, image, found_in
+        self._ended = ended
+        self._open = True
+
+    @property
+    def arriving(self) -> Arriving:
+        """Who knows how much of it is in place. Raises StoreError if its load never began."""
+        if self.image.arriving is None:
+            raise StoreError(f"{self.entry.name} is not on its way to {self.place}; ask for it again")
+        return self.image.arriving
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._ended.put(self)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Holdings:
+    """See the module. Safe from several threads: every method takes the lock, and `locked` holds it over several."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.places: dict[str, Dram | DevicePlace] = {}
+        self.entries: dict[str, Entry] = {}
+        self.attached: Counter[str] = Counter()
+        self.moved: Counter[str] = Counter()
+        self.evicted: Counter[str] = Counter()
+        self.listeners: list[Listener] = []
+        self._policy = policy
+        self._clock: dict[str, float] = {}
+        self._lock = threading.RLock()
+        self._ended: queue.SimpleQueue[Lease] = queue.SimpleQueue()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the lock, with all leases that have ended taken back."""
+        with self._lock:
+            while not self._ended.empty():
+                lease = self._ended.get()
+                lease.entry.leases[lease.place] -= 1
+            yield
+
+    def entry(self, name: str) -> Entry:
+        """Raises StoreError for a name that is not registered."""
+        with self.locked():
+            found = self.entries.get(name)
+            if found is None:
+                known = ", ".join(sorted(self.entries)) or "nothing yet"
+                raise StoreError(f"no model is registered as {name[:200]!r}; register it first (known: {known[:500]})")
+            return found
+
+    def place(self, name: str) -> Dram | DevicePlace:
+        """Raises StoreError for a place that the store has no budget for."""
+        found = self.places.get(name)
+        if found is None:
+            raise StoreError(f"the store has no place {name[:200]!r}; it has {', '.join(self.places) or 'none, give it a budget'}")
+        return found
+
+    def lease(self, entry: Entry, place: str, image: Image, found_in: str, *, use: bool = True) -> Lease:
+        """A lease on an image that is whole or on its way; with `use` it counts as a use of the model."""
+        with self.locked():
+            entry.leases[place] += 1
+            if use:
+                entry.uses += 1
+                entry.last_used = time.monotonic()
+                entry.clock[place] = self._clock.get(place, 0.0)
+            return Lease(entry, place, image, found_in, self._ended)
+
+    def make_room(self, entry: Entry, place: str) -> None:
+        """Evicts until a place has room for a model. Raises NoRoomError, having evicted nothing, if that cannot be."""
+        with self.locked():
+            held = self.place(place)
+            lacking = held.lacking_nbytes(entry.name, entry.version.checkpoint.nbytes)
+            if lacking <= 0:
+                return
+            residents = [found for name in held.names() if name != entry.name and (found := self._resident(name, held)) is not None]
+            victims = choose_victims(residents, lacking, self._policy, held.granule_nbytes)
+            if not victims:
+                used = sum(found.nbytes - found.evictable_nbytes for found in residents)
+                raise NoRoomError(
+                    f"{place} has no room for {entry.name}: {lacking:,} bytes are lacking of its budget of {held.budget_nbytes:,}, and {used:,} are leased, pinned or loading"
+                )
+            self._clock[place] = next_clock(self._clock.get(place, 0.0), victims)
+            for victim in victims:
+                self.note("evicted", victim.name, place, held.shrink(victim.name, victim.nbytes))
+
+    def _resident(self, name: str, held: Dram | DevicePlace) -> Resident | None:
+        image, entry = held.get(name), self.entries[name]
+        if image is None:
+            return None
+        nbytes = image.occupied_nbytes
+        fixed = bool(image.loading or entry.leases[held.name] or held.name in entry.pinned)
+        seconds = entry.seconds.get(held.name, 0.0) * nbytes / max(image.checkpoint.nbytes, 1)
+        return Resident(name, nbytes, 0 if fixed else nbytes, entry.last_used, entry.uses, seconds, entry.clock.get(held.name, 0.0))
+
+    def disk_victims(self, lacking_nbytes: int, cached: dict[str, tuple[int, float]]) -> list[str]:
+        """Which entries of the disk cache (name → bytes, last use) to remove; none if that would not be enough."""
+        with self.locked():
+            owners = {entry.version.cache_name: entry for entry in self.entries.values() if entry.version.cache_name}
+            residents = []
+            for name, (nbytes, last_used) in cached.items():
+                entry = owners.get(name)
+                fixed = entry is not None and bool(entry.leases[DISK] or DISK in entry.pinned)
+                residents.append(Resident(name, nbytes, 0 if fixed else nbytes, last_used, entry.uses if entry else 0, entry.seconds.get(DISK, 0.0) if entry else 0.0))
+            whole = Policy(self._policy.name, self._policy.priority)  # of a file only all can go
+            return [victim.name for victim in choose_victims(residents, lacking_nbytes, whole)]
+
+    def refuse_if_used(self, entry: Entry, place: str) -> None:
+        """Raises StoreError if something of a model in a place is leased, pinned or loading."""
+        with self.locked():
+            image = self.places[place].get(entry.name) if place in self.places else None
+            why = "it is loading" if image is not None and image.loading else f"{entry.leases[place]} attachments or loads use it" if entry.leases[place] else ""
+            if place in entry.pinned:
+                why = "it is pinned"
+            if why:
+                raise StoreError(f"{entry.name} stays in {place}: {why}")
+
+    def drop(self, entry: Entry) -> None:
+        """Gives back all of a model's memory and its name. Raises StoreError if any of it is in use."""
+        with self.locked():
+            for place in (DISK, *self.places):
+                self.refuse_if_used(entry, place)
+            for held in self.places.values():
+                image = held.get(entry.name)
+                if image is not None:
+                    self.note("evicted", entry.name, held.name, held.shrink(entry.name, image.occupied_nbytes))
+            del self.entries[entry.name]
+
+    def note(self, what: str, name: str, place: str, nbytes: int) -> None:
+        """Counts what happened and tells those who listen."""
+        with self.locked():
+            if what == "evicted":
+                self.evicted[place] += nbytes
+            for listener in self.listeners:
+                listener(messages.Happened(what, name, place, nbytes))
+
+    def describe(self, entry: Entry) -> messages.Model:
+        with self.locked():
+            found = []
+            for held in self.places.values():
+                image = held.get(entry.name)
+                if image is not None:
+                    pinned = held.name in entry.pinned
+                    found.append(messages.Residence(held.name, image.resident_nbytes, entry.leases[held.name], pinned, image.loading))
+            index = entry.version.checkpoint.index
+            return messages.Model(entry.name, entry.version.source, index.total_nbytes, len(index.layers), entry.uses, found)

@@ -1,0 +1,197 @@
+"""A store on a Unix socket: one thread per connection, and a connection that attached a model is the lease on it.
+
+The socket has mode 0600 and the kernel says who connects (`wire.listener`), messages are schema-checked and never
+unpickled, memory goes as descriptors. A client that is killed loses its connection, and with it its leases. Taught in
+chapter 05.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from contextlib import suppress
+
+from sllm_mini.checkpoint.index import encode_index
+from sllm_mini.device.cuda_memory import DeviceMemory
+from sllm_mini.errors import SllmError, StoreError
+from sllm_mini.storage import messages
+from sllm_mini.storage.holdings import Lease
+from sllm_mini.storage.lending import duplicate
+from sllm_mini.storage.store import Store
+from sllm_mini.types import Progress
+from sllm_mini.wire import MAX_FDS, Channel, ChannelClosed, WireTimeout, listen
+from sllm_mini.wire.listener import Listener
+
+SEND_SECONDS = 30.0
+"""A client that does not read for so long is given up."""
+_ACCEPT_SECONDS = 0.5
+_PROGRESS_SECONDS = 0.1
+
+RequestChannel = Channel[messages.Request]
+
+
+class StoreServer:
+    """Serves `store` at `address`, which it does not own. Raises WireError if the address cannot be had. `serve` runs until
+    `close`, which any thread may call; as a context manager it serves on a thread of its own."""
+
+    def __init__(self, store: Store, address: str | os.PathLike[str]) -> None:
+        self.store = store
+        self._listener: Listener = listen(address)
+        self._lock = threading.Lock()
+        self._channels: dict[threading.Thread, RequestChannel] = {}
+        self._thread = threading.Thread(target=self.serve, name="sllm-store-accept", daemon=True)
+
+    @property
+    def address(self) -> str:
+        return self._listener.path
+
+    def serve(self) -> None:
+        """Accepts connections until the server is closed."""
+        while True:
+            try:
+                sock = self._listener.accept(_ACCEPT_SECONDS)
+            except WireTimeout:
+                continue
+            except ChannelClosed:
+                return
+            channel: RequestChannel = Channel(sock, messages.Request, name="store's client")
+            thread = threading.Thread(target=self._talk, args=(channel,), name="sllm-store-client", daemon=True)
+            with self._lock:
+                self._channels[thread] = channel
+            thread.start()
+
+    def close(self) -> None:
+        """Ends every connection and waits for their threads; the socket's file goes."""
+        self._listener.close()
+        if self._thread.is_alive():
+            self._thread.join()
+        while True:
+            with self._lock:
+                channels = dict(self._channels)
+            if not channels:
+                return
+            for channel in channels.values():
+                channel.close()
+            for thread in channels:
+                thread.join()
+
+    def __enter__(self) -> StoreServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _talk(self, channel: RequestChannel) -> None:
+        try:
+            with channel, suppress(SllmError):  # a client that is gone, or speaks another protocol, is nobody's error here
+                while True:
+                    request = channel.receive().message
+                    try:
+                        if isinstance(request, messages.Attach):
+                            self._attach(channel, request)
+                        elif isinstance(request, messages.Watch):
+                            self._watch(channel)
+                        else:
+                            _send(channel, self._answer(channel, request))
+                    except (SllmError, OSError, ValueError) as error:
+                        _send(channel, failure(error))
+        finally:
+            with self._lock:
+                del self._channels[threading.current_thread()]
+
+    def _answer(self, channel: RequestChannel, request: messages.Request) -> messages.Answer:
+        store = self.store
+        if isinstance(request, messages.Register):
+            return store.register(request.name, request.source)
+        if isinstance(request, messages.Forget):
+            store.forget(request.name)
+        elif isinstance(request, messages.Prefetch):
+            store.prefetch(request.name, request.place, on_progress=lambda progress: _send(channel, _progressed(progress)))
+        elif isinstance(request, messages.Pin):
+            store.pin(request.name, request.place, request.pinned)
+        elif isinstance(request, messages.Evict):
+            return messages.Done(store.evict(request.name, request.place))
+        elif isinstance(request, messages.List):
+            return messages.Models(store.models())
+        elif isinstance(request, messages.Stats):
+            return store.stats()
+        return messages.Done()
+
+    def _attach(self, channel: RequestChannel, request: messages.Attach) -> None:
+        """Lends a model for as long as the connection lives."""
+        found = self.store.lend(request.name, "dram" if request.device == "cpu" else request.device)
+        if isinstance(found, messages.Elsewhere):
+            _send(channel, found)
+            return
+        with found as lease:
+            _send_image(channel, lease)
+            arriving, done = lease.arriving, 0
+            layers = lease.entry.version.checkpoint.index.layers
+            for name in arriving.layers:
+                try:
+                    arriving.wait_for(name)
+                except SllmError as error:
+                    _send(channel, failure(error))
+                    return
+                done = max(done, arriving.progress.done_nbytes)
+                if not arriving.done:
+                    _send(channel, messages.Ready([layers.index(name)], done, False))
+            try:
+                arriving.wait()
+            except SllmError as error:
+                _send(channel, failure(error))
+                return
+            _send(channel, messages.Ready([], lease.entry.version.checkpoint.nbytes, True))
+            channel.receive()  # the client says nothing more: this ends when it closes the connection, or dies
+            raise StoreError("a connection that attached a model takes no other request; open another")
+
+    def _watch(self, channel: RequestChannel) -> None:
+        happened: queue.SimpleQueue[messages.Happened] = queue.SimpleQueue()
+        end = self.store.listen(happened.put)
+        try:
+            _send(channel, messages.Done())
+            while True:
+                with suppress(queue.Empty):
+                    _send(channel, happened.get(timeout=_PROGRESS_SECONDS))
+                    continue
+                with suppress(WireTimeout):
+                    channel.receive(0)  # notices a client that is gone
+        finally:
+            end()
+
+
+def _send_image(channel: RequestChannel, lease: Lease) -> None:
+    checkpoint, image = lease.entry.version.checkpoint, lease.image
+    index = encode_index(checkpoint.index)
+    folder = os.fspath(checkpoint.path)
+    if image.buffer is not None:
+        if not isinstance(image.buffer, DeviceMemory):
+            raise StoreError(f"memory in {lease.place} cannot be opened by another process")
+        lease.arriving.wait()  # whoever opens it could not tell what is there: CUDA's events are not shared
+        channel.send(messages.DeviceImage(folder, checkpoint.identity, checkpoint.nbytes, image.buffer.export()), payload=index, timeout=SEND_SECONDS)
+        return
+    fds = duplicate(image)
+    try:
+        chunk_nbytes = image.chunks[0].nbytes if image.chunks else 0
+        channel.send(messages.Image(folder, checkpoint.identity, checkpoint.nbytes, chunk_nbytes, len(fds)), payload=index, timeout=SEND_SECONDS)
+        for first in range(0, len(fds), MAX_FDS):
+            channel.send(messages.Descriptors(), fds=fds[first : first + MAX_FDS], timeout=SEND_SECONDS)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _send(channel: RequestChannel, answer: messages.Answer) -> None:
+    channel.send(answer, timeout=SEND_SECONDS)
+
+
+def _progressed(progress: Progress) -> messages.Progressed:
+    return messages.Progressed(progress.done_nbytes, progress.total_nbytes)
+
+
+def failure(error: BaseException) -> messages.Failed:
+    """An error as a message: its class, if the client has that too, and its sentence."""
+    kind = type(error).__name__ if isinstance(error, SllmError) else "StoreError"
+    return messages.Failed(kind, str(error)[:8000])

@@ -1,0 +1,139 @@
+"""What a remote folder is to the rest of this floor: files of a known size whose ranges can be read into memory, and
+attempts that go on where the last one was interrupted.
+
+No error names a query, a user or a password, and none is chained to one that does. Taught in chapter 03.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from sllm_mini.errors import LoadCancelled, RemoteError
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteOptions:
+    """How remote files are read. `timeout_seconds`: a connection on which nothing arrives for so long counts as lost.
+    `deadline_seconds`: a read that gets no byte for so long, over all its attempts, has failed. `backoff_seconds`: the
+    pause before the second attempt; it doubles up to 5 s. `connections`: kept open to one server. `storage`: what
+    `fsspec` wants to know, credentials included ("headers" for http); never shown."""
+
+    timeout_seconds: float = 10.0
+    deadline_seconds: float = 20.0
+    backoff_seconds: float = 0.1
+    connections: int = 32
+    storage: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.timeout_seconds <= 0 or self.deadline_seconds <= 0 or self.backoff_seconds <= 0:
+            raise ValueError("timeout_seconds, deadline_seconds and backoff_seconds must be positive")
+        if self.connections < 1:
+            raise ValueError(f"connections is {self.connections}; it must be at least 1")
+
+
+class Interrupted(Exception):
+    """What may go better the next time: a lost connection, a busy server. Never leaves this floor."""
+
+
+class Differs(Exception):
+    """The file is not as it was when its size was learnt: gone, shorter, longer. Never leaves this floor."""
+
+
+class Source(Protocol):
+    """The files of one remote folder. Safe from several threads until closed."""
+
+    url: str
+    """The folder's address without user, password and query: fit to be shown."""
+
+    def nbytes(self, file: str) -> int:
+        """The size of a file, in one request. Raises Interrupted, Differs or RemoteError."""
+        ...
+
+    def stream(self, file: str, offset: int, view: memoryview, total_nbytes: int) -> Iterator[int]:
+        """Fills `view` with the bytes from `offset` of a file of `total_nbytes`, in one request; yields how many more
+        bytes have arrived, and may end early. Raises Interrupted, Differs or RemoteError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def shown(url: str) -> str:
+    """An address without what may be secret: user, password, query and fragment."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")).rstrip("/") if parts.netloc else url.rstrip("/")
+
+
+def never() -> bool:
+    return False
+
+
+def attempt(
+    place: str, options: RemoteOptions, work: Callable[[Callable[[], None]], _T],
+    *, offset: Callable[[], int] | None = None, stopped: Callable[[], bool] = never,
+) -> _T:  # fmt: skip
+    """Does `work` on the file at `place` again until it is not interrupted; it gets a function to call whenever bytes arrive.
+
+    Raises RemoteError, naming the place and the byte `offset()`, once nothing has arrived for `deadline_seconds`;
+    LoadCancelled as soon as `stopped()`; and what `work` raises, but for Interrupted."""
+    last = time.monotonic()
+    pause = options.backoff_seconds
+
+    def arrived() -> None:
+        nonlocal last, pause
+        if stopped():
+            raise LoadCancelled("the load has ended", path=place)
+        last, pause = time.monotonic(), options.backoff_seconds
+
+    while True:
+        try:
+            return work(arrived)
+        except Interrupted as error:
+            reason = str(error)
+        left = last + options.deadline_seconds - time.monotonic()
+        if left <= 0:
+            raise RemoteError(
+                f"nothing came for {options.deadline_seconds:g} seconds ({reason}); see whether the server can be reached and load it again",
+                path=place, offset=None if offset is None else offset(),
+            )  # fmt: skip
+        end = time.monotonic() + min(pause, left)
+        while (rest := end - time.monotonic()) > 0:
+            if stopped():
+                raise LoadCancelled("the load has ended", path=place)
+            time.sleep(min(rest, 0.1))
+        pause = min(2 * pause, 5.0)
+
+
+def fetch(
+    source: Source, file: str, offset: int, view: memoryview, total_nbytes: int, options: RemoteOptions,
+    *, stopped: Callable[[], bool] = never, placed: Callable[[int], None] | None = None,
+) -> int:  # fmt: skip
+    """Fills `view`, each attempt going on at the byte that is missing; calls `placed` with how many bytes are there, in
+    order. Returns how often it had to begin again. Raises RemoteError, Differs or LoadCancelled."""
+    at = attempts = 0
+
+    def work(arrived: Callable[[], None]) -> None:
+        nonlocal at, attempts
+        attempts += 1
+        for count in source.stream(file, offset + at, view[at:], total_nbytes):
+            arrived()
+            at += count
+            if placed is not None:
+                placed(at)
+        if at < len(view):
+            raise Interrupted("the connection ended early")
+
+    if len(view):
+        attempt(f"{source.url}/{file}", options, work, offset=lambda: offset + at, stopped=stopped)
+    return max(attempts - 1, 0)
+
+
+def reason_of(error: object) -> str:
+    """What may be shown of an exception of another library."""
+    strerror = getattr(error, "strerror", None)  # texts of other libraries quote addresses with their queries
+    return f"{type(error).__name__}: {strerror}" if isinstance(strerror, str) else type(error).__name__
