@@ -83,18 +83,22 @@ class Flow:
             self.error = self.error or error
             self.changed.notify_all()
 
+    def has_failed(self) -> bool:
+        """Whether the load is over without all its bytes, so that what is still under way is wanted by nobody."""
+        return self.error is not None
+
     def span(self, name: str, chunk: Chunk) -> AbstractContextManager[None]:
         if self._recorder is None:
             return nullcontext()
         return self._recorder.span(name, lane=threading.current_thread().name, nbytes=chunk.nbytes)
 
-    def check(self, chunk: Chunk, view: memoryview, path: Path) -> None:
+    def check(self, chunk: Chunk, view: memoryview, path: Path | str) -> None:
         """Hashes a chunk's bytes on the host, if hashes are wanted; raises IntegrityError naming the first wrong one."""
         if self.verify:
             with self.span("hash", chunk):
                 self.compare(chunk, path, (chunk_digest(view[at : at + CHUNK_NBYTES]) for at in range(0, len(view), CHUNK_NBYTES)))
 
-    def compare(self, chunk: Chunk, path: Path, digests: Iterable[str]) -> None:
+    def compare(self, chunk: Chunk, path: Path | str, digests: Iterable[str]) -> None:
         """Compares the digests of a chunk's hash chunks, in their order, with those of the index."""
         expected = self._index.partitions[chunk.partition].digests
         first = chunk.file_offset // CHUNK_NBYTES

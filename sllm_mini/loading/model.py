@@ -144,7 +144,9 @@ def fill(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], device: st
     import torch
 
     slots = _slots(model)
-    matched = _match_names(model, slots, tensors)
+    matched, unexpected = match_names(model, tensors)
+    if unexpected:
+        warnings.warn(f"the model has no place for {len(unexpected)} tensors of the checkpoint, such as {unexpected[0]!r}", stacklevel=3)
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for target, source in list(tied.items()):
         if target not in matched or source not in matched:
@@ -182,8 +184,10 @@ def _slots(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
     return slots
 
 
-def _match_names(model: PreTrainedModel, slots: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors under the model's own names. A checkpoint of the bare model lacks its prefix, or has one too many."""
+def match_names(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Tensors under the model's own names, and the names it has no place for and does not expect to be left over. A
+    checkpoint of the bare model lacks its prefix, or has one too many. Reads no bytes."""
+    slots = _slots(model)
     prefix = f"{model.base_model_prefix}."
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     matched: dict[str, torch.Tensor] = {}
@@ -194,9 +198,7 @@ def _match_names(model: PreTrainedModel, slots: Mapping[str, Any], tensors: Mapp
             matched[found] = tensor
         elif not any(pattern.search(name) for pattern in ignored):
             unexpected.append(name)
-    if unexpected:
-        warnings.warn(f"the model has no place for {len(unexpected)} tensors of the checkpoint, such as {unexpected[0]!r}", stacklevel=4)
-    return matched
+    return matched, unexpected
 
 
 def _put(module: torch.nn.Module, leaf: str, name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:

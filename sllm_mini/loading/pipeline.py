@@ -67,7 +67,7 @@ class Pipeline:
         self.flow.report.started = time.monotonic()
         try:
             for number in range(len(self._checkpoint.index.partitions) if self._reads else 0):
-                self._readers.append(open_reader(self._checkpoint, number, direct=self.flow.options.direct))
+                self._readers.append(open_reader(self._checkpoint, number, direct=self.flow.options.direct, stopped=self.flow.has_failed))
             self._targets.extend(make_targets(self.flow, self._readers))
         except BaseException:
             self._release()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -23,8 +24,11 @@ class Reader(Protocol):
     """One partition, wherever its bytes are: on a disk (`PartitionReader`) or behind a network. Safe from several threads
     until closed."""
 
-    path: Path
-    """What errors name."""
+    @property
+    def path(self) -> Path | str:
+        """What errors name: a file, or an address."""
+        ...
+
     fallback: str | None
     """Why reads are not made as asked for; None if they are."""
     fd: int
@@ -43,13 +47,15 @@ class Reader(Protocol):
 class HasReaders(Protocol):
     """A checkpoint whose bytes are not in its folder (see `storage.remote`). Its readers check every hash themselves."""
 
-    def open_reader(self, number: int, *, direct: bool) -> Reader: ...
+    def open_reader(self, number: int, *, direct: bool, stopped: Callable[[], bool]) -> Reader:
+        """`stopped` says that nobody waits for its reads any more, so that one that hangs may end."""
+        ...
 
 
-def open_reader(checkpoint: Checkpoint, number: int, *, direct: bool) -> Reader:
+def open_reader(checkpoint: Checkpoint, number: int, *, direct: bool, stopped: Callable[[], bool]) -> Reader:
     """The reader of partition `number`. Raises what opening its file raises."""
     if isinstance(checkpoint, HasReaders):
-        return checkpoint.open_reader(number, direct=direct)
+        return checkpoint.open_reader(number, direct=direct, stopped=stopped)
     return PartitionReader(checkpoint, number, direct=direct)
 
 

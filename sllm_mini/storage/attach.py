@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.device.base import Buffer, Device
+from sllm_mini.errors import StoreError
 from sllm_mini.loading.handle import LoadHandle
 from sllm_mini.loading.load import start_load
 from sllm_mini.loading.restore import join_composites, restore_tensors
@@ -63,12 +64,16 @@ class Attachment:
         self.tier = tier
         self.reason = reason
         self._arriving = arriving
-        self._tensors = tensors
+        self._tensors: Mapping[str, torch.Tensor] | None = tensors
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """The plain tensors by name, in execution order; see `ready` for when their bytes are there."""
-        return self._tensors
+        """The plain tensors by name, in execution order; see `ready` for when their bytes are there. Raises StoreError once
+        closed."""
+        found = self._tensors
+        if found is None:
+            raise StoreError(f"this attachment to {self.checkpoint.path} was closed; attach the model again")
+        return found
 
     @property
     def layers(self) -> list[str]:
@@ -93,10 +98,16 @@ class Attachment:
         return self._arriving.wait_for(name, timeout)
 
     def wait(self, timeout: float | None = None) -> dict[str, torch.Tensor]:
-        """Waits for all bytes and returns every tensor by name, composites put together. Raises the load's error, or
-        TimeoutError."""
-        self._arriving.wait(timeout)
-        return join_composites(self.checkpoint, dict(self._tensors))
+        """Waits for all bytes and returns every tensor by name, composites put together. Raises the load's error, which
+        drops the tensors, or TimeoutError, or StoreError once closed."""
+        tensors = self.tensors
+        try:
+            self._arriving.wait(timeout)
+        except BaseException:
+            if self._arriving.done:
+                self._tensors = None
+            raise
+        return join_composites(self.checkpoint, dict(tensors))
 
     def cancel(self) -> None:
         """The same as `close`."""
@@ -105,7 +116,7 @@ class Attachment:
     def close(self) -> None:
         """Drops this object's tensors, and ends a load of this process's own that is not done; a load of the store's is
         for others too and goes on."""
-        self._tensors = {}
+        self._tensors = None
         if isinstance(self._arriving, LoadHandle) and self.tier is Tier.DISK:
             self._arriving.cancel()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,12 +32,28 @@ AnswerChannel = Channel[messages.Answer]
 
 
 def default_address() -> str:
-    """Where the store of this user listens unless told otherwise: $SLLM_MINI_STORE, else in the user's runtime folder."""
+    """Where the store of this user listens unless told otherwise: $SLLM_MINI_STORE, else in the user's runtime folder,
+    else in one under /tmp, which is made here. Raises StoreError if others could put their own socket into that one."""
     named = os.environ.get("SLLM_MINI_STORE")
     if named:
         return named
-    folder = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/sllm-mini-{os.geteuid()}"
+    folder = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not _is_private(folder):  # none, or another user's that sudo left in the environment
+        folder = f"/tmp/sllm-mini-{os.geteuid()}"
+        with suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        if not _is_private(folder):
+            raise StoreError(f"{folder} is not a folder that only this user may open; remove it, or name another socket in $SLLM_MINI_STORE")
     return os.path.join(folder, "sllm-mini-store.sock")
+
+
+def _is_private(folder: str) -> bool:
+    """Whether it is a folder, not a link to one, of this user's and closed to others."""
+    try:
+        found = os.lstat(folder)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not stat.S_IMODE(found.st_mode) & 0o077
 
 
 class StoreClient:
@@ -133,9 +151,12 @@ class StoreClient:
             for fd in fds:
                 os.close(fd)
             raise
-        memory = MappedImage(fds, max(answer.chunk_nbytes, 1), answer.nbytes, on_unmap=channel.close)
+        memory = MappedImage(fds, answer.chunk_nbytes, answer.nbytes, on_unmap=channel.close)
         arrivals = Arrivals(checkpoint)
         found = attach_memory(checkpoint, arrivals, memory, Tier.DRAM)
+        if not answer.nbytes:
+            arrivals.end()  # nothing arrives, and nothing holds the lease
+            return found
         threading.Thread(target=_listen, args=(channel, arrivals, self.address), name="sllm-attach", daemon=True).start()
         return found
 
@@ -162,7 +183,10 @@ class StoreClient:
 
 
 def _send(channel: AnswerChannel, request: messages.Request) -> None:
-    channel.send(request, timeout=CONNECT_SECONDS)
+    try:
+        channel.send(request, timeout=CONNECT_SECONDS)
+    except WireError as error:
+        raise StoreError(f"the store was not asked: {error}") from error
 
 
 def _receive(channel: AnswerChannel, address: str, *, into_index: bool = False) -> Received[messages.Answer]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from sllm_mini.errors import StoreError
-from sllm_mini.eviction import Policy, Resident, choose_victims, next_clock
+from sllm_mini.eviction import Policy, Resident, Victim, choose_victims, next_clock
 from sllm_mini.storage import messages
 from sllm_mini.storage.attach import Arriving
 from sllm_mini.storage.places import DevicePlace, Dram, Image
@@ -37,7 +37,8 @@ class Entry:
     name: str
     version: Version
     lock: threading.Lock = field(default_factory=threading.Lock)
-    leases: Counter[str] = field(default_factory=Counter)
+    reading: threading.Event | None = None
+    """Set once the transfer that reads its source now has closed that; None if none does."""
     pinned: set[str] = field(default_factory=set)
     last_used: float = 0.0
     uses: int = 0
@@ -49,10 +50,10 @@ class Entry:
 class Lease:
     """The right to an image's memory until `close`, which any thread may call at any moment, also twice."""
 
-    def __init__(self, entry: Entry, place: str, image: Image, found_in: str, ended: queue.SimpleQueue[Lease]) -> None:
+    def __init__(self, holdings: Holdings, entry: Entry, place: str, image: Image, found_in: str) -> None:
         self.entry, self.place, self.image, self.found_in = entry, place, image, found_in
-        self._ended = ended
-        self._open = True
+        self._holdings = holdings
+        self._close_once = threading.Lock()
 
     @property
     def arriving(self) -> Arriving:
@@ -61,10 +62,21 @@ class Lease:
             raise StoreError(f"{self.entry.name} is not on its way to {self.place}; ask for it again")
         return self.image.arriving
 
+    @contextmanager
+    def memory(self) -> Iterator[Image]:
+        """The image, with the store's lock held: if its load fails now, its memory is not given to another model before
+        the block has ended. Raises the load's error if it has failed already."""
+        with self._holdings.locked():
+            held = self._holdings.places.get(self.place)
+            if held is not None and held.get(self.entry.name) is self.image:
+                yield self.image
+                return
+        self.arriving.wait()
+        raise StoreError(f"{self.entry.name} is in {self.place} no more: the store was closed; open it again")
+
     def close(self) -> None:
-        if self._open:
-            self._open = False
-            self._ended.put(self)
+        if self._close_once.acquire(blocking=False):
+            self._holdings.ended.put(self)
 
     def __enter__(self) -> Lease:
         return self
@@ -86,15 +98,14 @@ class Holdings:
         self._policy = policy
         self._clock: dict[str, float] = {}
         self._lock = threading.RLock()
-        self._ended: queue.SimpleQueue[Lease] = queue.SimpleQueue()
+        self.ended: queue.SimpleQueue[Lease] = queue.SimpleQueue()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the lock, with all leases that have ended taken back."""
         with self._lock:
-            while not self._ended.empty():
-                lease = self._ended.get()
-                lease.entry.leases[lease.place] -= 1
+            while not self.ended.empty():
+                self.ended.get().image.leases -= 1
             yield
 
     def entry(self, name: str) -> Entry:
@@ -106,6 +117,18 @@ class Holdings:
                 raise StoreError(f"no model is registered as {name[:200]!r}; register it first (known: {known[:500]})")
             return found
 
+    def require(self, entry: Entry) -> None:
+        """Raises StoreError if a model was forgotten, or replaced, since its entry was found."""
+        with self.locked():
+            if self.entries.get(entry.name) is not entry:
+                raise StoreError(f"{entry.name} was forgotten or registered anew in this moment; ask for it again")
+
+    def sharing(self, entry: Entry) -> list[Entry]:
+        """Who uses the same copy in the disk cache as this model, itself included: one source may have several names."""
+        name = entry.version.cache_name
+        with self.locked():
+            return [other for other in self.entries.values() if other is entry or (name and other.version.cache_name == name)]
+
     def place(self, name: str) -> Dram | DevicePlace:
         """Raises StoreError for a place that the store has no budget for."""
         found = self.places.get(name)
@@ -116,20 +139,28 @@ class Holdings:
     def lease(self, entry: Entry, place: str, image: Image, found_in: str, *, use: bool = True) -> Lease:
         """A lease on an image that is whole or on its way; with `use` it counts as a use of the model."""
         with self.locked():
-            entry.leases[place] += 1
+            image.leases += 1
             if use:
                 entry.uses += 1
                 entry.last_used = time.monotonic()
                 entry.clock[place] = self._clock.get(place, 0.0)
-            return Lease(entry, place, image, found_in, self._ended)
+            return Lease(self, entry, place, image, found_in)
 
     def make_room(self, entry: Entry, place: str) -> None:
         """Evicts until a place has room for a model. Raises NoRoomError, having evicted nothing, if that cannot be."""
         with self.locked():
+            held, victims = self.place(place), self.victims(entry, place)
+            self._clock[place] = next_clock(self._clock.get(place, 0.0), victims)
+            for victim in victims:
+                self.note("evicted", victim.name, place, held.shrink(victim.name, victim.nbytes))
+
+    def victims(self, entry: Entry, place: str) -> list[Victim]:
+        """What would have to go for a model to have room. Raises NoRoomError if that cannot be."""
+        with self.locked():
             held = self.place(place)
             lacking = held.lacking_nbytes(entry.name, entry.version.checkpoint.nbytes)
             if lacking <= 0:
-                return
+                return []
             residents = [found for name in held.names() if name != entry.name and (found := self._resident(name, held)) is not None]
             victims = choose_victims(residents, lacking, self._policy, held.granule_nbytes)
             if not victims:
@@ -137,28 +168,26 @@ class Holdings:
                 raise NoRoomError(
                     f"{place} has no room for {entry.name}: {lacking:,} bytes are lacking of its budget of {held.budget_nbytes:,}, and {used:,} are leased, pinned or loading"
                 )
-            self._clock[place] = next_clock(self._clock.get(place, 0.0), victims)
-            for victim in victims:
-                self.note("evicted", victim.name, place, held.shrink(victim.name, victim.nbytes))
+            return victims
 
     def _resident(self, name: str, held: Dram | DevicePlace) -> Resident | None:
         image, entry = held.get(name), self.entries[name]
         if image is None:
             return None
         nbytes = image.occupied_nbytes
-        fixed = bool(image.loading or entry.leases[held.name] or held.name in entry.pinned)
+        fixed = bool(image.loading or image.leases or held.name in entry.pinned)
         seconds = entry.seconds.get(held.name, 0.0) * nbytes / max(image.checkpoint.nbytes, 1)
         return Resident(name, nbytes, 0 if fixed else nbytes, entry.last_used, entry.uses, seconds, entry.clock.get(held.name, 0.0))
 
     def disk_victims(self, lacking_nbytes: int, cached: dict[str, tuple[int, float]]) -> list[str]:
         """Which entries of the disk cache (name → bytes, last use) to remove; none if that would not be enough."""
         with self.locked():
-            owners = {entry.version.cache_name: entry for entry in self.entries.values() if entry.version.cache_name}
             residents = []
             for name, (nbytes, last_used) in cached.items():
-                entry = owners.get(name)
-                fixed = entry is not None and bool(entry.leases[DISK] or DISK in entry.pinned)
-                residents.append(Resident(name, nbytes, 0 if fixed else nbytes, last_used, entry.uses if entry else 0, entry.seconds.get(DISK, 0.0) if entry else 0.0))
+                owners = [entry for entry in self.entries.values() if entry.version.cache_name == name]
+                fixed = any(owner.reading is not None or DISK in owner.pinned for owner in owners)
+                seconds = max((owner.seconds.get(DISK, 0.0) for owner in owners), default=0.0)
+                residents.append(Resident(name, nbytes, 0 if fixed else nbytes, last_used, sum(owner.uses for owner in owners), seconds))
             whole = Policy(self._policy.name, self._policy.priority)  # of a file only all can go
             return [victim.name for victim in choose_victims(residents, lacking_nbytes, whole)]
 
@@ -166,9 +195,14 @@ class Holdings:
         """Raises StoreError if something of a model in a place is leased, pinned or loading."""
         with self.locked():
             image = self.places[place].get(entry.name) if place in self.places else None
-            why = "it is loading" if image is not None and image.loading else f"{entry.leases[place]} attachments or loads use it" if entry.leases[place] else ""
-            if place in entry.pinned:
+            users = self.sharing(entry) if place == DISK else [entry]
+            why = ""
+            if any(place in user.pinned for user in users):
                 why = "it is pinned"
+            elif (image is not None and image.loading) or (place == DISK and any(user.reading is not None for user in users)):
+                why = "it is loading"
+            elif image is not None and image.leases:
+                why = f"{image.leases} attachments or copies use it"
             if why:
                 raise StoreError(f"{entry.name} stays in {place}: {why}")
 
@@ -188,7 +222,7 @@ class Holdings:
         with self.locked():
             if what == "evicted":
                 self.evicted[place] += nbytes
-            for listener in self.listeners:
+            for listener in tuple(self.listeners):  # one may end itself
                 listener(messages.Happened(what, name, place, nbytes))
 
     def describe(self, entry: Entry) -> messages.Model:
@@ -198,6 +232,6 @@ class Holdings:
                 image = held.get(entry.name)
                 if image is not None:
                     pinned = held.name in entry.pinned
-                    found.append(messages.Residence(held.name, image.resident_nbytes, entry.leases[held.name], pinned, image.loading))
+                    found.append(messages.Residence(held.name, image.resident_nbytes, image.leases, pinned, image.loading))
             index = entry.version.checkpoint.index
             return messages.Model(entry.name, entry.version.source, index.total_nbytes, len(index.layers), entry.uses, found)

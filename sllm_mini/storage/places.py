@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.checkpoint.layout import align_up
 from sllm_mini.device.base import ALIGNMENT, Buffer, Device
-from sllm_mini.device.cuda_memory import DeviceMemory
 from sllm_mini.errors import StoreError
 from sllm_mini.loading.flow import IN_PLACE, LoadOptions
 from sllm_mini.loading.load import ring_into, start_transfer
@@ -35,6 +34,8 @@ class Image:
     arriving: Arriving | None = None
     occupied_nbytes: int = 0
     """What it takes of the place's budget."""
+    leases: int = 0
+    """Attachments, and copies to other places, that use it now."""
     chunks: tuple[SharedChunk, ...] = ()
     """In DRAM."""
     buffer: Buffer | None = None
@@ -188,13 +189,6 @@ class DevicePlace:
         buffer, image.buffer = _open(image), None
         buffer.close()
         return image.occupied_nbytes
-
-    def export(self, image: Image) -> bytes:
-        """What another process opens. Raises DeviceError where memory cannot be shared."""
-        buffer = _open(image)
-        if not isinstance(buffer, DeviceMemory):
-            raise StoreError(f"memory on {self.name} cannot be opened by another process")
-        return buffer.export()
 
     def close(self) -> None:
         for name, image in list(self._images.items()):

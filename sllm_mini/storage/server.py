@@ -10,13 +10,17 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from sllm_mini.checkpoint.index import encode_index
 from sllm_mini.device.cuda_memory import DeviceMemory
-from sllm_mini.errors import SllmError, StoreError
+from sllm_mini.errors import SllmError, StoreError, WireError
 from sllm_mini.storage import messages
-from sllm_mini.storage.holdings import Lease
+from sllm_mini.storage.attach import Arriving
+from sllm_mini.storage.holdings import DRAM, Lease
 from sllm_mini.storage.lending import duplicate
 from sllm_mini.storage.store import Store
 from sllm_mini.types import Progress
@@ -27,6 +31,7 @@ SEND_SECONDS = 30.0
 """A client that does not read for so long is given up."""
 _ACCEPT_SECONDS = 0.5
 _PROGRESS_SECONDS = 0.1
+_SPOKE = "a connection that attached a model takes no other request; open another"
 
 RequestChannel = Channel[messages.Request]
 
@@ -39,6 +44,7 @@ class StoreServer:
         self.store = store
         self._listener: Listener = listen(address)
         self._lock = threading.Lock()
+        self._closed = False
         self._channels: dict[threading.Thread, RequestChannel] = {}
         self._thread = threading.Thread(target=self.serve, name="sllm-store-accept", daemon=True)
 
@@ -55,14 +61,15 @@ class StoreServer:
                 continue
             except ChannelClosed:
                 return
-            channel: RequestChannel = Channel(sock, messages.Request, name="store's client")
-            thread = threading.Thread(target=self._talk, args=(channel,), name="sllm-store-client", daemon=True)
-            with self._lock:
-                self._channels[thread] = channel
-            thread.start()
+            except WireError:  # no descriptor is left for it: some will be when another client goes
+                time.sleep(_PROGRESS_SECONDS)
+                continue
+            self._begin(Channel(sock, messages.Request, name="store's client"))
 
     def close(self) -> None:
         """Ends every connection and waits for their threads; the socket's file goes."""
+        with self._lock:
+            self._closed = True
         self._listener.close()
         if self._thread.is_alive():
             self._thread.join()
@@ -76,6 +83,19 @@ class StoreServer:
             for thread in channels:
                 thread.join()
 
+    def _begin(self, channel: RequestChannel) -> None:
+        """Talks to a client on a thread of its own; a client for whom there is none finds its connection closed."""
+        thread = threading.Thread(target=self._talk, args=(channel,), name="sllm-store-client", daemon=True)
+        with self._lock:
+            if not self._closed:
+                try:
+                    thread.start()
+                    self._channels[thread] = channel
+                    return
+                except RuntimeError:
+                    time.sleep(_PROGRESS_SECONDS)  # as above, for threads
+        channel.close()
+
     def __enter__(self) -> StoreServer:
         self._thread.start()
         return self
@@ -85,7 +105,7 @@ class StoreServer:
 
     def _talk(self, channel: RequestChannel) -> None:
         try:
-            with channel, suppress(SllmError):  # a client that is gone, or speaks another protocol, is nobody's error here
+            with channel, suppress(WireError):  # a client that is gone, or speaks another protocol, is nobody's error here
                 while True:
                     request = channel.receive().message
                     try:
@@ -95,6 +115,8 @@ class StoreServer:
                             self._watch(channel)
                         else:
                             _send(channel, self._answer(channel, request))
+                    except (ChannelClosed, WireTimeout):
+                        raise  # there is nobody to tell
                     except (SllmError, OSError, ValueError) as error:
                         _send(channel, failure(error))
         finally:
@@ -121,7 +143,7 @@ class StoreServer:
 
     def _attach(self, channel: RequestChannel, request: messages.Attach) -> None:
         """Lends a model for as long as the connection lives."""
-        found = self.store.lend(request.name, "dram" if request.device == "cpu" else request.device)
+        found = self.store.lend(request.name, DRAM if request.device == "cpu" else request.device)
         if isinstance(found, messages.Elsewhere):
             _send(channel, found)
             return
@@ -131,7 +153,7 @@ class StoreServer:
             layers = lease.entry.version.checkpoint.index.layers
             for name in arriving.layers:
                 try:
-                    arriving.wait_for(name)
+                    _wait(channel, partial(arriving.wait_for, name))
                 except SllmError as error:
                     _send(channel, failure(error))
                     return
@@ -139,13 +161,13 @@ class StoreServer:
                 if not arriving.done:
                     _send(channel, messages.Ready([layers.index(name)], done, False))
             try:
-                arriving.wait()
+                _wait(channel, partial(_ended, arriving))
             except SllmError as error:
                 _send(channel, failure(error))
                 return
             _send(channel, messages.Ready([], lease.entry.version.checkpoint.nbytes, True))
             channel.receive()  # the client says nothing more: this ends when it closes the connection, or dies
-            raise StoreError("a connection that attached a model takes no other request; open another")
+            raise StoreError(_SPOKE)
 
     def _watch(self, channel: RequestChannel) -> None:
         happened: queue.SimpleQueue[messages.Happened] = queue.SimpleQueue()
@@ -163,24 +185,42 @@ class StoreServer:
 
 
 def _send_image(channel: RequestChannel, lease: Lease) -> None:
-    checkpoint, image = lease.entry.version.checkpoint, lease.image
+    checkpoint = lease.entry.version.checkpoint
     index = encode_index(checkpoint.index)
     folder = os.fspath(checkpoint.path)
-    if image.buffer is not None:
-        if not isinstance(image.buffer, DeviceMemory):
-            raise StoreError(f"memory in {lease.place} cannot be opened by another process")
-        lease.arriving.wait()  # whoever opens it could not tell what is there: CUDA's events are not shared
-        channel.send(messages.DeviceImage(folder, checkpoint.identity, checkpoint.nbytes, image.buffer.export()), payload=index, timeout=SEND_SECONDS)
+    if lease.place != DRAM:
+        _wait(channel, partial(_ended, lease.arriving))  # whoever opens it could not tell what is there: CUDA's events are not shared
+        with lease.memory() as image:
+            if not isinstance(image.buffer, DeviceMemory):
+                raise StoreError(f"memory in {lease.place} cannot be opened by another process")
+            handle = image.buffer.export()
+        channel.send(messages.DeviceImage(folder, checkpoint.identity, checkpoint.nbytes, handle), payload=index, timeout=SEND_SECONDS)
         return
-    fds = duplicate(image)
+    fds, chunk_nbytes = duplicate(lease)
     try:
-        chunk_nbytes = image.chunks[0].nbytes if image.chunks else 0
         channel.send(messages.Image(folder, checkpoint.identity, checkpoint.nbytes, chunk_nbytes, len(fds)), payload=index, timeout=SEND_SECONDS)
         for first in range(0, len(fds), MAX_FDS):
             channel.send(messages.Descriptors(), fds=fds[first : first + MAX_FDS], timeout=SEND_SECONDS)
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def _wait(channel: RequestChannel, arrived: Callable[[float], bool]) -> None:
+    """Waits for part of a load and looks now and then whether the client is still there. Raises the load's error, and
+    ChannelClosed if the client is gone."""
+    while not arrived(_PROGRESS_SECONDS):
+        with suppress(WireTimeout):
+            channel.receive(0)
+            raise StoreError(_SPOKE)
+
+
+def _ended(arriving: Arriving, seconds: float) -> bool:
+    try:
+        arriving.wait(seconds)
+    except TimeoutError:
+        return False
+    return True
 
 
 def _send(channel: RequestChannel, answer: messages.Answer) -> None:

@@ -6,12 +6,17 @@ model never becomes a mixture of two. Taught in chapter 03.
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sllm_mini.checkpoint.directory import Checkpoint, open_checkpoint
-from sllm_mini.errors import StoreError
+from sllm_mini.checkpoint.index import INDEX_FILE
+from sllm_mini.errors import StoreError, WriteError
 from sllm_mini.storage.disk import DiskCache
 from sllm_mini.storage.remote import RemoteCheckpoint, open_remote
 from sllm_mini.storage.source import RemoteOptions
@@ -41,7 +46,10 @@ class Origin:
     def close(self) -> None:
         """Publishes what the disk cache got. Raises what writing it raises."""
         if isinstance(self.checkpoint, RemoteCheckpoint):
-            self.checkpoint.close()
+            try:
+                self.checkpoint.close()
+            finally:
+                shutil.rmtree(self.checkpoint.path.parent, ignore_errors=True)
 
 
 class Sources:
@@ -49,14 +57,26 @@ class Sources:
 
     def __init__(self, folder: Path, cache: DiskCache | None, options: RemoteOptions) -> None:
         self.cache = cache
-        self._folder, self._options = folder, options
+        self._folder, self._options = folder / "remote", options
+        for left in self._folder.glob(".opened-*"):
+            with suppress(ValueError, OSError):
+                if not _is_alive(int(left.name.split("-")[1])):  # a store that was killed
+                    shutil.rmtree(left)
 
     def look(self, name: str, source: str) -> Version:
         """Reads the index of a source. Raises what `open_checkpoint` and `open_remote` raise."""
         if "://" not in source:
             return Version(source, open_checkpoint(source))
-        with open_remote(source, self._folder / "remote" / name, options=self._options) as remote:
-            return Version(source, Checkpoint(remote.path, remote.index, remote.identity), remote.cache_name)
+        origin = Origin(remote := self._open_remote(source), REMOTE)
+        try:
+            # Named by its content, so that what is registered keeps its companions, whatever is found there later.
+            folder = self._folder / remote.cache_name
+            with suppress(FileExistsError):
+                _rename(remote.path, folder)
+            found = os.stat(folder / INDEX_FILE)
+            return Version(source, Checkpoint(folder, remote.index, (found.st_dev, found.st_ino, found.st_mtime_ns)), remote.cache_name)
+        finally:
+            origin.close()
 
     def open(self, name: str, version: Version, make_room: Callable[[int], None]) -> Origin:
         """The nearest source of exactly that version. `make_room(nbytes)` is asked to evict from the disk cache; if it
@@ -67,8 +87,7 @@ class Sources:
             cached = self.cache.find(version.cache_name)
             if cached is not None:
                 return Origin(_same(cached, version, name), DISK)
-        # Into a folder of its own: what was registered keeps its companions, whatever is found there now.
-        remote = open_remote(version.source, self._folder / "remote" / f"{name}.now", options=self._options)
+        remote = self._open_remote(version.source, version.checkpoint.path)
         try:
             _same(remote, version, name)
             if self.cache is None:
@@ -78,13 +97,61 @@ class Sources:
                 make_room(lacking)
             return Origin(remote, REMOTE, remote.fill_cache(self.cache))
         except BaseException:
-            remote.close()
+            Origin(remote, REMOTE).close()
             raise
 
-    def forget(self, version: Version) -> None:
-        """Drops what the disk cache has of it."""
-        if self.cache is not None and version.cache_name:
-            self.cache.remove(version.cache_name)
+    def nearest_source(self, version: Version) -> str:
+        """What another process opens to load it by itself: its copy in the disk cache, else its source."""
+        cached = None if self.cache is None or not version.cache_name else self.cache.find(version.cache_name)
+        return version.source if cached is None else os.fspath(cached.path)
+
+    def is_cached(self, version: Version) -> bool:
+        return self.cache is not None and self.cache.find(version.cache_name) is not None
+
+    def forget(self, version: Version, *, companions: bool = False) -> int:
+        """Drops what the disk cache has of it, and returns the bytes; with `companions` also what registering it kept."""
+        if not version.cache_name:
+            return 0
+        if companions:
+            shutil.rmtree(version.checkpoint.path, ignore_errors=True)
+        return 0 if self.cache is None else self.cache.remove(version.cache_name)
+
+    def _open_remote(self, url: str, known: Path | None = None) -> RemoteCheckpoint:
+        """Opens it in a hidden folder of its own, which `Origin.close` removes. What a version that is registered has of its
+        companions is not read again."""
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f".opened-{os.getpid()}-", dir=self._folder))
+        except OSError as error:
+            raise WriteError(f"no folder can be made there: {error.strerror}", path=self._folder) from error
+        try:
+            if known is not None and known.is_dir():
+                with suppress(OSError):  # a full disk: then the companions are read, or that says it
+                    shutil.copytree(known, folder / "checkpoint")
+            return open_remote(url, folder / "checkpoint", options=self._options)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _rename(folder: Path, target: Path) -> None:
+    """Raises FileExistsError if the target is there."""
+    try:
+        os.rename(folder, target)
+    except OSError as error:
+        if target.is_dir():
+            raise FileExistsError(os.fspath(target)) from None
+        raise WriteError(f"it cannot be kept there: {error.strerror}", path=target) from error
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # another user's
+    return True
 
 
 def _same(found: Checkpoint, version: Version, name: str) -> Checkpoint:

@@ -69,12 +69,18 @@ class Store:
         self._sources = Sources(self.folder, DiskCache(self.folder / "models", disk_nbytes) if disk_nbytes else None, self._remote)
         self._bringer = Bringer(self._holdings, self._sources)
         devices = [(get_device(device), nbytes) for device, nbytes in (device_nbytes or {}).items()]
+        if any(device.is_host for device, _ in devices):
+            raise ValueError("the CPU's memory is the place 'dram'; give its budget as dram_nbytes")
         places = self._holdings.places
-        if dram_nbytes:
-            # Whichever GPU pins it, it is pinned for all GPUs of the process.
-            places[DRAM] = Dram(SharedPool(dram_nbytes, chunk_nbytes, next((device for device, _ in devices), None), huge_pages))
-        for device, nbytes in devices:
-            places[device.name] = DevicePlace(device, nbytes)
+        try:
+            if dram_nbytes:
+                # Whichever GPU pins it, it is pinned for all GPUs of the process.
+                places[DRAM] = Dram(SharedPool(dram_nbytes, chunk_nbytes, next((device for device, _ in devices), None), huge_pages))
+            for device, nbytes in devices:
+                places[device.name] = DevicePlace(device, nbytes)
+        except BaseException:
+            self.close()
+            raise
 
     # Names
 
@@ -88,16 +94,21 @@ class Store:
         with self._holdings.locked():
             old = self._holdings.entries.get(name)
             if old is not None and old.version.checkpoint.index != version.checkpoint.index:
-                self._holdings.drop(old)
+                self._drop(old)
             entry = self._holdings.entries.setdefault(name, Entry(name, version))
             entry.version = version
             return self._holdings.describe(entry)
 
     def forget(self, name: str) -> None:
         """Evicts a model everywhere, the disk cache included, and drops its name. Raises StoreError while it is in use."""
-        entry = self._holdings.entry(name)
+        with self._holdings.locked():
+            self._drop(self._holdings.entry(name))
+
+    def _drop(self, entry: Entry) -> None:
+        alone = self._holdings.sharing(entry) == [entry]
         self._holdings.drop(entry)
-        self._sources.forget(entry.version)
+        if alone:
+            self._sources.forget(entry.version, companions=True)
 
     def models(self) -> list[messages.Model]:
         """What is registered, and what each place holds of it."""
@@ -148,7 +159,7 @@ class Store:
         try:
             found: Lease | messages.Elsewhere = self._bringer.bring(entry, place, use=True)
         except NoRoomError as error:
-            found = messages.Elsewhere(entry.version.source, str(error))
+            found = messages.Elsewhere(self._sources.nearest_source(entry.version), str(error))
         with self._holdings.locked():
             self._holdings.attached[found.found_in if isinstance(found, Lease) else "elsewhere"] += 1
         return found
@@ -168,10 +179,9 @@ class Store:
             entry = self._holdings.entry(name)
             self._holdings.refuse_if_used(entry, place)
             if place == DISK:
-                cache = self._sources.cache
-                if cache is None or not entry.version.cache_name:
-                    raise StoreError(f"{name} lies on the disk by itself, not in the store's cache; nothing was removed")
-                nbytes = cache.remove(entry.version.cache_name)
+                if self._sources.cache is None or not entry.version.cache_name:
+                    raise StoreError(f"{name} is not in a disk cache of the store's; nothing was removed")
+                nbytes = self._sources.forget(entry.version)
             else:
                 held = self._holdings.place(place)
                 image = held.get(name)
