@@ -1,7 +1,8 @@
 """Bytes become text: the engine that runs a transformers decoder model token by token and streams what it says.
 
 One module per noun: `sampler` chooses a token, `text` turns tokens into text as they come, `runner` computes logits
-and keeps the cache, `engine` ties them to a request. Importing this package costs nothing; torch and transformers are
+and keeps the cache, `overlap` lets layers run while later ones are still being loaded, `lora` swaps adapters on a
+resident model, `engine` ties them to a request. Importing this package costs nothing; torch and transformers are
 imported when an engine first needs them. Taught in chapters 00 and 04.
 """
 
@@ -11,6 +12,8 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "Adapter": "lora",
+    "Adapters": "lora",
     "Completion": "engine",
     "Detokenizer": "text",
     "Engine": "engine",
@@ -18,9 +21,12 @@ _HOMES = {
     "Piece": "engine",
     "Runner": "runner",
     "SamplingOptions": "sampler",
+    "StreamedModel": "overlap",
     "TextDecoder": "text",
     "Timings": "engine",
     "load_tokenizer": "text",
+    "next_runnable_layer": "overlap",
+    "stream_model": "overlap",
 }
 __all__ = [*_HOMES]  # noqa: PLE0604 - the table above is the one list
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.device.base import Device
 from sllm_mini.errors import ModelError
+from sllm_mini.inference.overlap import StreamedModel, stream_model
 from sllm_mini.inference.runner import Runner
 from sllm_mini.inference.sampler import SamplingOptions, choose_token
 from sllm_mini.inference.text import Detokenizer, TextDecoder, load_tokenizer
@@ -167,13 +168,15 @@ class Generation(Iterator[Piece]):
 class Engine:
     """A model, with its tokenizer if it has one, ready to answer prompts.
 
-    Raises ModelError for a model it cannot run exactly (see `Runner`). One thread at a time; several generations may be
+    `streamed` is the load that an engine with overlap began with, None for any other. Raises ModelError for a model it
+    cannot run exactly (see `Runner`). One thread at a time; several generations may be
     open and interleaved, each with its own cache.
     """
 
     def __init__(self, model: Any, tokenizer: Any | None = None) -> None:
         self.runner = Runner(model)
         self.tokenizer = tokenizer
+        self.streamed: StreamedModel | None = None
         self._decoder = None if tokenizer is None else TextDecoder(tokenizer)
 
     @classmethod
@@ -183,21 +186,35 @@ class Engine:
         device: str | Device = "cpu",
         *,
         verify: bool = True,
+        overlap: bool = False,
         recorder: SpanRecorder | None = None,
     ) -> Engine:
         """An engine for a checkpoint of ours, on `device`; without tokenizer files, prompts are token ids.
 
         Reads the tokenizer first, so that a directory that cannot work fails before its weights are read. `recorder`
-        gets the span "tokenizer" beside those of `load_model`. Raises what `open_checkpoint` and `load_model` raise,
-        and ModelError.
+        gets the span "tokenizer" beside those of `load_model`. With `overlap` it returns while bytes are still being
+        read, and each layer of the first prefill waits for its own: `streamed` tells how far the load has come and
+        can wait for it or end it; `recorder` gets the spans of `start_load` and `stream_model`. Raises what
+        `open_checkpoint` and `load_model` raise, and ModelError; what goes wrong with an overlapped load later is
+        raised by the generation.
         """
         from sllm_mini.checkpoint import open_checkpoint
-        from sllm_mini.loading import load_model
+        from sllm_mini.loading import load_model, start_load
 
         checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
         with recorder.span("tokenizer", warmth=Warmth.DRAM) if recorder is not None else nullcontext():
             tokenizer = load_tokenizer(checkpoint)
-        return cls(load_model(checkpoint, device, verify=verify, recorder=recorder), tokenizer)
+        if not overlap:
+            return cls(load_model(checkpoint, device, verify=verify, recorder=recorder), tokenizer)
+        loading = start_load(checkpoint, device, verify=verify, recorder=recorder)
+        try:
+            streamed = stream_model(loading, recorder=recorder)
+            engine = cls(streamed.model, tokenizer)
+        except BaseException:
+            loading.cancel()
+            raise
+        engine.streamed = streamed
+        return engine
 
     @property
     def model(self) -> Any:

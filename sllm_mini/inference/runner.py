@@ -120,12 +120,14 @@ class Runner:
         kwargs: dict[str, Any] = {"input_ids": token_ids, "past_key_values": cache, "use_cache": True, "return_dict": True}
         # Entered per call: a generator that held the mode across a yield would leave its consumer in it.
         with torch.inference_mode():
+            if self._positions is None or self._positions.shape[1] < length:
+                self._positions = torch.arange(max(2 * length, 256), device=self.device).unsqueeze(0)
             if "position_ids" in self._parameters:
-                if self._positions is None or self._positions.shape[1] < length:
-                    self._positions = torch.arange(max(2 * length, 256), device=self.device).unsqueeze(0)
                 kwargs["position_ids"] = self._positions[:, length - n : length]
             if "logits_to_keep" in self._parameters:
-                kwargs["logits_to_keep"] = 1
+                # Of several tokens, the last one by its index: the number 1 would be a slice that keeps the strides of
+                # the whole, for which torch (2.13, on a CPU) copies the head's weights before it multiplies with them.
+                kwargs["logits_to_keep"] = 1 if n == 1 else self._positions[0, n - 1 : n]
             logits: torch.Tensor = self.model(**kwargs).logits[0, -1]
         if not self._cache_proven:
             if cache.get_seq_length() != length:

@@ -187,13 +187,20 @@ def _slots(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
 def match_names(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Tensors under the model's own names, and the names it has no place for and does not expect to be left over. A
     checkpoint of the bare model lacks its prefix, or has one too many. Reads no bytes."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
     slots = _slots(model)
     prefix = f"{model.base_model_prefix}."
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
     matched: dict[str, torch.Tensor] = {}
     unexpected: list[str] = []
     for name, tensor in tensors.items():
         found = next((option for option in (name, prefix + name, name.removeprefix(prefix)) if option in slots), None)
+        if found is None:  # transformers has changed some names: GPT-NeoX's head is "embed_out" in files
+            renamed, _ = rename_source_key(name, renamings, [])
+            found = next((option for option in (renamed, prefix + renamed) if option in slots), None)
         if found is not None and found not in matched:
             matched[found] = tensor
         elif not any(pattern.search(name) for pattern in ignored):

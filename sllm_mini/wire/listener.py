@@ -52,6 +52,10 @@ class Listener:
         self._identity = (status.st_dev, status.st_ino)
         sock.setblocking(False)
 
+    def fileno(self) -> int:
+        """Its descriptor, for `select` and its kin: readable when somebody connects; -1 once closed."""
+        return self._sock.fileno()
+
     def accept(self, timeout: float | None = None) -> socket.socket:
         """The next connection by this user; those of other users are closed unread.
 
