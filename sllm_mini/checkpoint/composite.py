@@ -2,7 +2,7 @@
 
 A composite is saved as plain parts under a class tag. Reading makes one again only if its tag is on the allow-list
 (torch's own kinds below, and classes that the program itself named with `allow_composite`): nothing in a file can name
-code to run. Taught in chapter 01.
+code to run. torchao's int8 and fp8 weights are on the list (`quantised` knows them). Taught in chapter 01.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sllm_mini.checkpoint import quantised
 from sllm_mini.checkpoint.index import CompositeEntry, is_json_meta
-from sllm_mini.errors import FormatError, UnsupportedError
+from sllm_mini.errors import FormatError, SllmError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,8 @@ def flatten_composite(name: str, tensor: torch.Tensor) -> tuple[CompositeEntry, 
     bad = [key for key, value in meta.items() if not is_json_meta(value)]
     if bad:
         raise UnsupportedError(f"tensor {name!r} carries {bad[0]!r}, which is not a number, a text or a list of them")
-    names = {part: f"{name}#{part}" for part in parts}
+    stored_as = quantised.part_name if kind in quantised.KINDS else "{}#{}".format
+    names = {part: stored_as(name, part) for part in parts}
     entry = CompositeEntry(name=name, kind=kind, parts=names, meta=meta)
     return entry, {names[part]: value for part, value in parts.items()}
 
@@ -70,6 +72,8 @@ def _take_apart(name: str, tensor: torch.Tensor) -> tuple[str, dict[str, torch.T
     if tensor.is_nested:
         raise UnsupportedError(f"tensor {name!r} is a nested {what}, which cannot be saved; save its parts one by one")
     shape = list(tensor.shape)
+    if _tag(type(tensor)) in quantised.KINDS:
+        return _tag(type(tensor)), *quantised.take_apart(tensor)
     if _tag(type(tensor)) in _wrappers:
         attributes, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         meta = {"shape": shape, "stride": list(tensor.stride()), **{f"context.{key}": value for key, value in dict(context or {}).items()}}
@@ -93,8 +97,11 @@ def _plain_name(tensor: torch.Tensor) -> str:
 
 
 def check_composite_kind(entry: CompositeEntry, path: Path) -> None:
-    """Raises FormatError, naming the checkpoint at `path`, if this program may not build that kind of composite."""
-    if entry.kind not in _wrappers and entry.kind not in _SPARSE and entry.kind not in (_PER_TENSOR, _PER_CHANNEL):
+    """Raises FormatError, naming the checkpoint at `path`, if this program may not build that kind of composite, and
+    UnsupportedError if a library that it needs is missing."""
+    if entry.kind in quantised.KINDS:
+        quantised.check_torchao()
+    elif entry.kind not in _wrappers and entry.kind not in _SPARSE and entry.kind not in (_PER_TENSOR, _PER_CHANNEL):
         raise FormatError(f"composite {entry.name!r} is a {entry.kind!r}, which is not on the allow-list; allow its class with allow_composite", path=path)
 
 
@@ -104,6 +111,8 @@ def restore_composite(entry: CompositeEntry, parts: Mapping[str, torch.Tensor], 
     check_composite_kind(entry, path)
     try:
         return _put_together(entry.kind, parts, dict(entry.meta))
+    except SllmError:
+        raise
     except Exception as error:  # torch and wrapper classes raise whatever they like at parts that do not fit
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FormatError(f"composite {entry.name!r} cannot be built from its parts: {reason}", path=path) from error
@@ -112,6 +121,8 @@ def restore_composite(entry: CompositeEntry, parts: Mapping[str, torch.Tensor], 
 def _put_together(kind: str, parts: Mapping[str, torch.Tensor], meta: dict[str, Any]) -> torch.Tensor:
     import torch
 
+    if kind in quantised.KINDS:
+        return quantised.put_together(kind, parts, meta)
     if kind in _wrappers:
         context = {key.removeprefix("context."): value for key, value in meta.items() if key.startswith("context.")}
         return _wrappers[kind].__tensor_unflatten__(dict(parts), context, tuple(meta["shape"]), tuple(meta["stride"]))  # type: ignore[attr-defined]

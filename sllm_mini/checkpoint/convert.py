@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from sllm_mini.checkpoint.directory import Checkpoint, open_checkpoint
 from sllm_mini.checkpoint.index import companion_name_problem
 from sllm_mini.checkpoint.publish import keep_source
+from sllm_mini.checkpoint.quantised import flattened_composites, has_flattened
 from sllm_mini.checkpoint.safetensors_file import (
     MAX_HEADER_NBYTES,
     FileBytes,
     SafetensorsEntry,
     open_plain,
-    read_header,
+    read_header_and_metadata,
 )
 from sllm_mini.checkpoint.source import Source, SourceTensor
 from sllm_mini.checkpoint.writer import WriteOptions, write_checkpoint
@@ -68,6 +69,7 @@ def convert_checkpoint(
 ) -> Checkpoint:
     """Converts a Hugging Face directory with its configuration and tokenizer files, or one safetensors file alone.
 
+    Also an adapter's directory, as PEFT writes it, and one with int8 or fp8 weights of torchao, which stay as they are.
     Peak memory grows by threads × 8 MiB, whatever the size of the model. Raises CheckpointError or FormatError,
     naming the file, for a source that is missing or broken; CheckpointExistsError and WriteError for the target. Safe
     from several threads on different targets.
@@ -79,17 +81,21 @@ def convert_checkpoint(
         tensors: list[SourceTensor] = []
         storages: list[FileBytes] = []
         opened: dict[Path, tuple[int, os.stat_result]] = {}
+        metadata: dict[str, str] = {}
         for file, wanted in files.items():
             fd = open_plain(file)
             stack.callback(os.close, fd)
             opened[file] = fd, os.fstat(fd)
-            entries = read_header(file, fd)
+            entries, texts = read_header_and_metadata(file, fd)
+            metadata.update(texts)
             _check_shard(file, entries, wanted)
             for entry in entries:
                 tensors.append(SourceTensor(entry.name, entry.dtype, entry.shape, _contiguous(entry.shape), len(storages)))
                 storages.append(FileBytes(fd, file, entry.offset, entry.nbytes))
         _check_unique(tensors, origin)
-        source = Source(tensors, storages, (), _companions(origin), confirm=lambda: _check_unchanged(opened))
+        names = {tensor.name for tensor in tensors}
+        composites = flattened_composites(metadata, names, origin) if has_flattened(names) else ()
+        source = Source(tensors, storages, composites, _companions(origin), confirm=lambda: _check_unchanged(opened))
         write_checkpoint(source, path, options or WriteOptions(), progress)
     return open_checkpoint(path)
 

@@ -18,6 +18,7 @@ from sllm_mini.checkpoint.directory import Checkpoint, open_checkpoint
 from sllm_mini.checkpoint.dtypes import ITEM_NBYTES, SAFETENSORS_CODES
 from sllm_mini.checkpoint.index import Index, TensorEntry, extent_nbytes
 from sllm_mini.checkpoint.publish import keep_source, publish
+from sllm_mini.checkpoint.quantised import flattened_metadata
 from sllm_mini.checkpoint.safetensors_file import FileBytes, encode_header
 from sllm_mini.checkpoint.source import HeldBytes, StorageReader
 from sllm_mini.checkpoint.streams import FilePlan, write_files
@@ -40,9 +41,9 @@ def export_safetensors(
 ) -> list[Path]:
     """Writes a Hugging Face directory from a checkpoint and returns its weight files.
 
-    With `verify`, every hash is checked first. Composites are written as their plain parts. Raises what
-    `verify_checkpoint` raises, UnsupportedError for a dtype that safetensors has no code for, CheckpointExistsError
-    and WriteError. Safe from several threads on different targets.
+    With `verify`, every hash is checked first. Composites are written as their plain parts, torchao's so that
+    transformers finds them. Raises what `verify_checkpoint` raises, UnsupportedError for a dtype that safetensors has
+    no code for, CheckpointExistsError and WriteError. Safe from several threads on different targets.
     """
     if max_shard_nbytes <= 0:
         raise ValueError(f"shards of {max_shard_nbytes} bytes cannot hold anything; ask for a positive size")
@@ -61,7 +62,8 @@ def export_safetensors(
         for number in range(len(checkpoint.index.partitions)):
             fds.append(checkpoint.open_partition(number))
             stack.callback(os.close, fds[-1])
-        plans = [_shard_plan(name, shard, aliases, checkpoint, fds) for name, shard in zip(names, shards, strict=True)]
+        flattened = flattened_metadata(checkpoint.index.composites, [tensor.name for tensor in kept])
+        plans = [_shard_plan(name, shard, aliases, flattened, checkpoint, fds) for name, shard in zip(names, shards, strict=True)]
         write_files(work, plans, progress=progress)
         if len(shards) > 1:
             weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
@@ -104,9 +106,11 @@ def _shards(tensors: list[TensorEntry], limit: int) -> list[list[TensorEntry]]:
     return shards
 
 
-def _shard_plan(name: str, shard: list[TensorEntry], aliases: dict[str, str], checkpoint: Checkpoint, fds: list[int]) -> FilePlan:
+def _shard_plan(
+    name: str, shard: list[TensorEntry], aliases: dict[str, str], flattened: dict[str, str], checkpoint: Checkpoint, fds: list[int]
+) -> FilePlan:  # fmt: skip
     held = {tensor.name for tensor in shard}
-    metadata = {"format": "pt", **{alias: kept for alias, kept in aliases.items() if kept in held}}
+    metadata = {"format": "pt", **{alias: kept for alias, kept in aliases.items() if kept in held}, **flattened}
     header = encode_header({tensor.name: (_CODES[tensor.dtype], tensor.shape, _nbytes(tensor)) for tensor in shard}, metadata)
     starts: list[int] = [0]
     storages: list[StorageReader] = [HeldBytes(header)]

@@ -63,7 +63,13 @@ def open_plain(path: str | os.PathLike[str]) -> int:
 
 
 def read_header(path: str | os.PathLike[str], fd: int | None = None) -> list[SafetensorsEntry]:
-    """The tensors of a safetensors file in the order of their bytes, from `fd` where the caller has it open already.
+    """The tensors of a safetensors file in the order of their bytes; `fd` and errors as for `read_header_and_metadata`."""
+    return read_header_and_metadata(path, fd)[0]
+
+
+def read_header_and_metadata(path: str | os.PathLike[str], fd: int | None = None) -> tuple[list[SafetensorsEntry], dict[str, str]]:
+    """The tensors of a safetensors file in the order of their bytes, and the texts that the file carries beside them,
+    from `fd` where the caller has it open already.
 
     Raises CheckpointError if it cannot be read and FormatError, naming the file and the tensor, if the header breaks
     a rule of the format."""
@@ -104,7 +110,7 @@ def read_header(path: str | os.PathLike[str], fd: int | None = None) -> list[Saf
         position += entry.nbytes
     if position != size:
         raise FormatError(f"its tensors end at byte {position:,} but the file has {size:,}", path=path, offset=min(position, size))
-    return entries
+    return entries, metadata
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
