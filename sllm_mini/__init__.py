@@ -25,6 +25,8 @@ _HOMES = {
     "LoadHandle": "sllm_mini.loading",
     "ChunkPool": "sllm_mini.loading",
     "LoadOptions": "sllm_mini.loading",
+    "Store": "sllm_mini.storage",
+    "StoreClient": "sllm_mini.storage",
     "Engine": "sllm_mini.inference",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the table above is the one list

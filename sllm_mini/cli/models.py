@@ -12,18 +12,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sllm_mini.cli import terminal
+from sllm_mini.cli.store_client import AddressOption, running_store
 from sllm_mini.cli.terminal import DeviceOption, JsonOption
 from sllm_mini.lab.units import nbytes_text, rate_text, seconds_text
 
 if TYPE_CHECKING:
     from sllm_mini.checkpoint import Checkpoint
+    from sllm_mini.inference import Engine
     from sllm_mini.loading import LoadHandle
+    from sllm_mini.storage import Attachment, StoreClient
 
 _POLL_SECONDS = 0.1
 
+CheckpointArgument = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint directory, or with --store a model's name.")]
+StoreOption = Annotated[bool, typer.Option("--store", help="Attach to it in the store that runs on this machine.")]
+
 
 def load(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint directory.")],
+    checkpoint: CheckpointArgument,
     device: DeviceOption = "cpu",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not hash the bytes as they arrive.")] = False,
     repeat: Annotated[
@@ -33,14 +39,22 @@ def load(
         bool,
         typer.Option("--cold", help="Ask the kernel to forget the files before each load, so that the disk is read."),
     ] = False,
+    store: StoreOption = False,
+    address: AddressOption = None,
     json: JsonOption = False,
 ) -> None:
     """Load a checkpoint and time it.
 
-    Says how long it took and where the bytes came from: the disk or the page cache.
+    Says how long it took and where the bytes came from: the disk, the page cache, or the store.
 
     The time runs from the call to the last byte in place, without the start of Python and its imports.
     """
+    _check_store(store, address)
+    if store:
+        if cold or no_verify:
+            raise typer.BadParameter("a store keeps what it has read and checked; use --store without --cold and --no-verify")
+        _attach(running_store(address), str(checkpoint), device, repeat, json)
+        return
     from sllm_mini.checkpoint import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
@@ -69,6 +83,37 @@ def load(
         console.print(f"  {seconds_text(run['seconds'])} ({rate_text(run['bytes_per_second'])}), {_origin(run)}")
         if run["fallback"]:
             console.print(f"  direct reads were given up: {run['fallback']}", style="yellow")
+
+
+def _check_store(store: bool, address: str | None) -> None:
+    if address is not None and not store:
+        raise typer.BadParameter("--address names a store; use it with --store")
+
+
+def _attach(client: StoreClient, name: str, device: str, repeat: int, json: bool) -> None:
+    """Attaches to a model `repeat` times, letting go of it each time, and says how long that took."""
+    import torch  # noqa: F401 - its import is not part of it
+
+    runs: list[dict[str, Any]] = []
+    nbytes = tensor_count = 0
+    for _ in range(repeat):
+        started = time.perf_counter()
+        with client.attach(name, device) as attached:
+            attach_seconds = time.perf_counter() - started
+            _wait(attached, name)
+            seconds = time.perf_counter() - started
+            nbytes, tensor_count = attached.checkpoint.nbytes, len(attached.checkpoint.index.tensors)
+            runs.append({"seconds": seconds, "attach_seconds": attach_seconds, "tier": attached.tier.name.lower(), "reason": attached.reason or None})
+    if json:
+        terminal.emit_json({"name": name, "device": device, "nbytes": nbytes, "tensor_count": tensor_count, "runs": runs})
+        return
+    console = terminal.stdout_console()
+    console.print(f"Attached {name} to {device}: {terminal.count(tensor_count, 'tensor')}, {nbytes_text(nbytes)}")
+    for run in runs:
+        if run["reason"]:
+            console.print(f"  {seconds_text(run['seconds'])}, loaded by this process: {run['reason']}", style="yellow")
+        else:
+            console.print(f"  tensors after {seconds_text(run['attach_seconds'])}, every byte after {seconds_text(run['seconds'])}, in the store's {run['tier']}")
 
 
 def _load_once(checkpoint: Checkpoint, device: str, *, verify: bool, cold: bool) -> dict[str, Any]:
@@ -103,7 +148,7 @@ def _forget(checkpoint: Checkpoint) -> None:
             os.close(fd)
 
 
-def _wait(handle: LoadHandle, name: str) -> None:
+def _wait(handle: LoadHandle | Attachment, name: str) -> None:
     if not sys.stderr.isatty():
         handle.wait()
         return
@@ -127,7 +172,7 @@ def _origin(run: dict[str, Any]) -> str:
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint directory.")],
+    checkpoint: CheckpointArgument,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", metavar="TEXT", help='What the text begins with; "-" reads it from stdin.')
     ],
@@ -154,6 +199,8 @@ def generate(
     ids: Annotated[
         bool, typer.Option("--ids", help="The prompt and the answer are token ids, separated by spaces.")
     ] = False,
+    store: StoreOption = False,
+    address: AddressOption = None,
     json: JsonOption = False,
 ) -> None:
     """Start a model and let it write.
@@ -162,6 +209,7 @@ def generate(
     """
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     request = _prompt(sys.stdin.read() if prompt == "-" else prompt, ids)
+    _check_store(store, address)
     from sllm_mini.checkpoint import open_checkpoint
     from sllm_mini.inference import Engine, SamplingOptions
 
@@ -169,13 +217,15 @@ def generate(
         sampling = SamplingOptions(**options)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    opened = open_checkpoint(checkpoint)  # a wrong path is told before the slow imports
+    # A wrong path or name is told before the slow imports; a store reads the bytes meanwhile.
+    attached = running_store(address).attach(str(checkpoint), device) if store else None
+    opened = open_checkpoint(checkpoint) if attached is None else attached.checkpoint
     console = terminal.stderr_console()
     with console.status("importing torch and transformers, then loading") if console.is_terminal else nullcontext():
         _import_what_is_needed(opened.path)
         imported = time.perf_counter()
         imports_seconds = _process_age_seconds()
-        engine = Engine.load(opened, device)
+        engine = Engine.load(opened, device) if attached is None else _engine(attached)
         load_seconds = time.perf_counter() - imported
     with engine.generate(request, max_new_tokens=max_new_tokens, sampling=sampling) as generation:
         texts: list[str] = []
@@ -209,6 +259,14 @@ def generate(
     parts = f"imports {seconds_text(imports_seconds)}, load {seconds_text(load_seconds)}, TTFT {seconds_text(timings.first_token_seconds)}"
     then = f"; then {speed:.3g} tokens/s" if speed else ""
     terminal.stderr_console().print(f"{terminal.count(len(new_ids), 'token')}; {start} ({parts}){then}", style="dim")
+
+
+def _engine(attached: Attachment) -> Engine:
+    """An engine on a store's memory; layers that the store still loads are waited for one by one."""
+    from sllm_mini.inference import Engine, load_tokenizer, stream_model
+
+    tokenizer = load_tokenizer(attached.checkpoint)
+    return Engine(stream_model(attached).model, tokenizer)
 
 
 def _prompt(text: str, ids: bool) -> str | list[int]:

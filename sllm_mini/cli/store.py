@@ -1,0 +1,176 @@
+"""`sllm-mini store`: the store of this machine, in the foreground until it is told to end (chapter 03)."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from sllm_mini.cli import store_client, terminal
+from sllm_mini.cli.checkpoints import parse_nbytes
+from sllm_mini.cli.store_client import AddressOption
+from sllm_mini.cli.terminal import JsonOption
+from sllm_mini.lab.units import nbytes_text
+
+if TYPE_CHECKING:
+    from sllm_mini.storage import Store, StoreServer
+
+app = typer.Typer()
+
+_Policy = Literal["gdsf", "lru", "lfu", "prefix"]
+_Pages = Literal["auto", "hugetlb", "never"]
+
+
+def _budget(text: str) -> tuple[str, int]:
+    name, equals, size = text.partition("=")
+    if not (name and equals):
+        raise typer.BadParameter(f'"{text}" is not a GPU and its budget; write for example cuda:0=20GiB')
+    return name, parse_nbytes(size)
+
+
+@app.callback(invoke_without_command=True)
+def store(
+    context: typer.Context,
+    dram: Annotated[int | None, typer.Option("--dram", parser=parse_nbytes, metavar="SIZE", help="Memory for models, for example 8GiB.")] = None,
+    disk: Annotated[
+        int | None, typer.Option("--disk", parser=parse_nbytes, metavar="SIZE", help="Disk space for copies of remote models.", show_default="none")
+    ] = None,
+    device: Annotated[
+        list[Any] | None, typer.Option("--device", parser=_budget, metavar="GPU=SIZE", help="Memory on a GPU, for example cuda:0=20GiB; repeatable.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", metavar="FOLDER", help="Where copies of remote models lie.", file_okay=False, show_default="~/.cache/sllm-mini")
+    ] = None,
+    address: AddressOption = None,
+    policy: Annotated[_Policy, typer.Option("--policy", help="What goes first when memory is short.")] = "gdsf",
+    chunk: Annotated[
+        int | None, typer.Option("--chunk", parser=parse_nbytes, metavar="SIZE", help="Memory is handed out in such pieces.", show_default="from the budget")
+    ] = None,
+    huge_pages: Annotated[_Pages, typer.Option("--huge-pages", help="Which pages memory is made of.")] = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Keep models in memory for other processes.
+
+    Without a command it is the store, in the foreground, until Ctrl-C or SIGTERM ends it with exit code 0. Other processes attach to its models without a copy.
+
+    Sizes are budgets. A command (register, prefetch, …) asks the store that runs at --address.
+    """
+    if context.invoked_subcommand is not None:
+        _refuse_options_before(context, context.invoked_subcommand)
+        return
+    devices = dict(device or ())
+    if len(devices) < len(device or ()):
+        raise typer.BadParameter("a GPU was given two budgets; give it one")
+    if not (dram or disk or devices):
+        raise typer.BadParameter("a store needs a budget; write for example sllm-mini store --dram 8GiB")
+    from sllm_mini.storage import Store, StoreServer
+    from sllm_mini.storage.client import default_address
+
+    _raise_descriptor_limit()
+    place = address or default_address()
+    try:
+        opened = Store(
+            folder or _default_folder(), dram_nbytes=dram or 0, disk_nbytes=disk or 0, device_nbytes=devices,
+            policy=policy, chunk_nbytes=chunk, huge_pages=huge_pages,
+        )  # fmt: skip
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    with opened, _end_signals() as told:
+        server = StoreServer(opened, place)
+        threading.Thread(target=_close_when_told, args=(server, told), name="sllm-store-end", daemon=True).start()
+        try:
+            _announce(opened, server.address, policy, json)
+            server.serve()
+        finally:
+            opened.close()  # first: it ends loads, and with them whoever waits for one on a connection
+            server.close()
+
+
+def _refuse_options_before(context: typer.Context, command: str) -> None:
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--{name.replace('_', '-')} stands before {command}; there it would be a new store's, write it after")
+
+
+@contextmanager
+def _end_signals() -> Iterator[queue.SimpleQueue[int]]:
+    """A queue of the signals that end a store, instead of what else they do; the second one does that again.
+
+    A signal that whoever started the store said to ignore (nohup, or a script's `&`) stays ignored.
+    """
+    told: queue.SimpleQueue[int] = queue.SimpleQueue()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def tell(number: int, _: object) -> None:
+        restore()
+        told.put(number)  # the one queue that a signal's handler may use
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, tell)
+    try:
+        yield told
+    finally:
+        restore()
+
+
+def _close_when_told(server: StoreServer, told: queue.SimpleQueue[int]) -> None:
+    told.get()
+    server.close()
+
+
+def _raise_descriptor_limit() -> None:
+    """Each chunk of memory is a descriptor, and so is each client."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _default_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sllm-mini"
+
+
+def _announce(opened: Store, address: str, policy: str, json: bool) -> None:
+    from sllm_mini.device.cpu import available_nbytes
+
+    places = opened.stats().places
+    free = available_nbytes()
+    for place in places:
+        if place.place == "dram" and free and place.budget_nbytes > free:
+            words = f"This machine has {nbytes_text(free)} free, less than the budget of {nbytes_text(place.budget_nbytes)}: loads will fail before it is spent."
+            terminal.stderr_console().print(words, style="yellow")
+    if json:
+        budgets = [{"place": place.place, "budget_nbytes": place.budget_nbytes} for place in places]
+        terminal.emit_json({"address": address, "pid": os.getpid(), "folder": str(opened.folder), "policy": policy, "places": budgets})
+        sys.stdout.flush()
+        return
+    console = terminal.stdout_console()
+    console.print(f"The store listens on {address} until Ctrl-C.")
+    console.print(terminal.facts({place.place: nbytes_text(place.budget_nbytes) for place in places}))
+    console.print("  next: sllm-mini store register NAME SOURCE", style="dim")
+    sys.stdout.flush()
+
+
+app.command("register")(store_client.register)
+app.command("forget")(store_client.forget)
+app.command("prefetch")(store_client.prefetch)
+app.command("pin")(store_client.pin)
+app.command("unpin")(store_client.unpin)
+app.command("evict")(store_client.evict)
+app.command("list")(store_client.list_models)
+app.command("stats")(store_client.stats)
+app.command("watch")(store_client.watch)

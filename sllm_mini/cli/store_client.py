@@ -1,0 +1,179 @@
+"""`sllm-mini store register`, `prefetch`, `list` …: the commands that ask a store which runs already (chapter 03)."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sllm_mini.cli import terminal
+from sllm_mini.cli.terminal import JsonOption
+from sllm_mini.errors import StoreError, WireError
+from sllm_mini.lab.units import nbytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from sllm_mini.storage import StoreClient
+    from sllm_mini.storage.messages import Model
+    from sllm_mini.wire import Message
+
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", metavar="SOCKET", help="Where the store listens.", show_default="$SLLM_MINI_STORE, else one for each user"),
+]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The name that a model was registered under.")]
+PlaceArgument = Annotated[str, typer.Argument(metavar="PLACE", help='"disk", "dram", or a GPU: "cuda:0".')]
+
+
+def running_store(address: str | None) -> StoreClient:
+    """The store at an address. Raises StoreError, saying how to start one, if none answers there."""
+    from sllm_mini.storage.client import CONNECT_SECONDS, StoreClient
+    from sllm_mini.wire import connect
+
+    client = StoreClient(address)
+    try:
+        connect(client.address, timeout=CONNECT_SECONDS).close()
+    except WireError as error:
+        if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
+            option = f" --address {address}" if address else ""
+            raise StoreError(f"no store answers at {client.address}; start one with: sllm-mini store --dram 8GiB{option}") from error
+        raise StoreError(f"no store answers: {error}") from error
+    return client
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """A message as JSON, without the tags that tell its kind on the socket."""
+    import msgspec
+
+    def untagged(value: Any) -> Any:
+        if isinstance(value, list):
+            return [untagged(item) for item in value]
+        return {key: untagged(item) for key, item in value.items() if key != "type"} if isinstance(value, dict) else value
+
+    found: dict[str, Any] = untagged(msgspec.to_builtins(message))
+    return found
+
+
+def _described(model: Model) -> dict[str, Any]:
+    """A model as JSON; what may be secret in its address is left out."""
+    from sllm_mini.storage.source import shown
+
+    return _plain(model) | {"source": shown(model.source)}
+
+
+def _done(document: dict[str, Any], words: str, json: bool) -> None:
+    if json:
+        terminal.emit_json(document)
+    else:
+        terminal.stdout_console().print(words)
+
+
+def register(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name of your choice.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint directory, or its address (https://…, s3://…, hf://…).")],
+    address: AddressOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a checkpoint known under a name.
+
+    Reads its index and no weights. The same name again replaces it, unless it is in use.
+    """
+    found = running_store(address).register(name, source)
+    document = _described(found)
+    words = f"Registered {found.name}: {terminal.count(found.layers, 'layer')}, {nbytes_text(found.nbytes)}, from {document['source']}"
+    _done(document, words, json)
+
+
+def forget(name: NameArgument, address: AddressOption = None, json: JsonOption = False) -> None:
+    """Evict a model everywhere and drop its name."""
+    running_store(address).forget(name)
+    _done({"name": name}, f"Forgot {name}", json)
+
+
+def prefetch(
+    name: NameArgument,
+    to: Annotated[str, typer.Option("--to", metavar="PLACE", help='"disk", "dram", or a GPU: "cuda:0".')] = "dram",
+    address: AddressOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Bring a model to a place, and return when it is there."""
+    client = running_store(address)
+    started = time.perf_counter()
+    with terminal.byte_progress(f"Bringing {name} to {to}") as progress:
+        client.prefetch(name, to, on_progress=progress)
+    seconds = time.perf_counter() - started
+    _done({"name": name, "place": to, "seconds": seconds}, f"{name} is in {to}, {seconds_text(seconds)}", json)
+
+
+def pin(name: NameArgument, place: PlaceArgument, address: AddressOption = None, json: JsonOption = False) -> None:
+    """Keep a model from being evicted from a place.
+
+    Brings nothing there: see prefetch.
+    """
+    running_store(address).pin(name, place)
+    _done({"name": name, "place": place, "pinned": True}, f"{name} is pinned in {place}", json)
+
+
+def unpin(name: NameArgument, place: PlaceArgument, address: AddressOption = None, json: JsonOption = False) -> None:
+    """Let a model be evicted from a place again."""
+    running_store(address).pin(name, place, False)
+    _done({"name": name, "place": place, "pinned": False}, f"{name} is not pinned in {place}", json)
+
+
+def evict(name: NameArgument, place: PlaceArgument, address: AddressOption = None, json: JsonOption = False) -> None:
+    """Give back what a place holds of a model.
+
+    Refused while a process is attached to it, or it is pinned or loading there.
+    """
+    nbytes = running_store(address).evict(name, place)
+    _done({"name": name, "place": place, "nbytes": nbytes}, f"Evicted {nbytes_text(nbytes)} of {name} from {place}", json)
+
+
+def list_models(address: AddressOption = None, json: JsonOption = False) -> None:
+    """List the models, and what each place in memory holds of them."""
+    models = running_store(address).models()
+    documents = [_described(model) for model in models]
+    if json:
+        terminal.emit_json({"models": documents})
+        return
+    made = terminal.table("name", "size", "uses", "in memory", "source", numbers=("size", "uses"))
+    for model, document in zip(models, documents, strict=True):
+        held = []
+        for found in model.places:
+            states = [f"{found.leases} in use"] * bool(found.leases) + ["pinned"] * found.pinned + ["loading"] * found.loading
+            held.append(f"{found.place} {nbytes_text(found.nbytes)}" + (f" ({', '.join(states)})" if states else ""))
+        made.add_row(model.name, nbytes_text(model.nbytes), f"{model.uses:,}", "; ".join(held) or "–", document["source"])
+    terminal.stdout_console().print(made if models else "No model is registered.")
+
+
+def stats(address: AddressOption = None, json: JsonOption = False) -> None:
+    """Show budgets, use, and what happened since the store began."""
+    figures = running_store(address).stats()
+    if json:
+        terminal.emit_json(_plain(figures))
+        return
+    console = terminal.stdout_console()
+    numbers = ("budget", "used", "kernel's count")
+    made = terminal.table("place", *numbers, numbers=numbers)
+    for place in figures.places:
+        made.add_row(place.place, nbytes_text(place.budget_nbytes), nbytes_text(place.used_nbytes), "–" if place.kernel_nbytes is None else nbytes_text(place.kernel_nbytes))
+    console.print(made)
+    rows = {f"attached from {place}": f"{times:,}" for place, times in figures.attached.items()}
+    rows |= {f"moved {way.replace('->', ' → ')}": nbytes_text(nbytes) for way, nbytes in figures.moved_nbytes.items()}
+    rows |= {f"evicted from {place}": nbytes_text(nbytes) for place, nbytes in figures.evicted_nbytes.items()}
+    if rows:
+        console.print()
+        console.print(terminal.facts(rows))
+
+
+def watch(address: AddressOption = None, json: JsonOption = False) -> None:
+    """Print a line for each load and eviction, until Ctrl-C.
+
+    With --json each line is a JSON document of its own.
+    """
+    for event in running_store(address).events():
+        line = f"{event.what} {event.name} {event.place} {nbytes_text(event.nbytes)}"
+        sys.stdout.write((json_format.dumps(_plain(event), ensure_ascii=False) if json else line) + "\n")
+        sys.stdout.flush()
