@@ -1,4 +1,4 @@
-"""`sllm-mini bench load`: every loader in one interleaved run, beside the limits of this machine."""
+"""`sllm-mini bench`: puts the benches together, and `bench load`, every loader in one interleaved run beside the limits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from sllm_mini.cli import terminal
+from sllm_mini.cli import bench_overlap, bench_tiers, terminal
 from sllm_mini.cli.terminal import DeviceOption, JsonOption
 from sllm_mini.lab.units import nbytes_text, rate_text, seconds_text
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from sllm_mini.lab.bench.entry import State
 
 app = typer.Typer(help="Measure loaders against each other and this machine.", no_args_is_help=True)
-
 
 
 class _State(StrEnum):
@@ -80,6 +79,10 @@ def load(
         terminal.emit_json(document)
     else:
         _print(document)
+
+
+app.command("tiers")(bench_tiers.tiers)
+app.command("overlap")(bench_overlap.overlap)
 
 
 def _states(asked: list[_State] | None) -> tuple[Literal["cold", "warm"], ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,8 @@ _START_SECONDS = 6.0
 _DISK_BYTES_PER_SECOND, _WARM_BYTES_PER_SECOND = 1e9, 4e9
 """Of a disk that was not measured yet, and of the page cache; a loader is taken to reach half of either."""
 _MADE_BYTES_PER_SECOND = 0.4e9
+_TIERS_MOVES, _OVERLAP_MOVES = 20, 16
+"""How often a round of such a bench moves its model's bytes or takes as long as that, roughly."""
 _CONTEXT_NBYTES = 0.25e9
 """Of GPU memory that each process of a bench takes before it loads anything, roughly; they are all alive at once."""
 _UNIT_SECONDS = 0.8 * STAGE_SECONDS
@@ -126,11 +128,43 @@ class Table:
                 if model not in self._too_large_for(target):
                     for state in ("warm",) if self._rehearsal else ("cold", "warm"):
                         yield from self._loads(model, target, state)
+        for model in (_TINY,) if self._rehearsal else SHAPES:
+            if model not in self._too_large_for(device):
+                yield self._whole(model, "tiers", _TIERS_MOVES, "--also", _TINY, *(("--no-gpu",) if self._rehearsal else ()))
+                if not self._rehearsal or self._on_a_disk():
+                    yield self._whole(model, "overlap", _OVERLAP_MOVES, "--device", device, *(("--tokens", 8) if self._rehearsal else ()))
 
     @property
     def _workers_device(self) -> str:
         """The fake does not reach the processes that a bench starts, so they use the processor in a rehearsal."""
         return "cpu" if self._rehearsal else "cuda"
+
+    def _whole(self, model: str, bench: str, moves: int, *options: object) -> Unit:
+        """A bench that measures one model in one unit. `moves`: how often a round moves its bytes, roughly."""
+        nbytes = self._nbytes(model)
+        uses = (model,) if model in SHAPES else ()
+        what = self._model(model) if uses else self.checkout / "data/models/tiny"
+        disk = self._disk_bytes_per_second()
+        move = nbytes / (0.5 * min(disk, _WARM_BYTES_PER_SECOND))
+        fixed = 60 + 3 * nbytes / _MADE_BYTES_PER_SECOND + moves * move  # each start once before the rounds
+
+        def seconds(rounds: int) -> float:
+            return fixed + rounds * (10 * min(nbytes, 2 << 30) / disk + moves * move)
+
+        rounds, estimate = (1, 45.0) if self._rehearsal else _fitting(seconds)
+        saved = self.folder.results / f"bench_{bench}_{model.replace('-', '_')}.json"
+        asked = [bench, what, "--rounds", rounds, "--dir", self.folder.scratch, "--save", saved, *options]
+        command = (sys.executable, "-m", "sllm_mini.cli.main", "bench", *map(str, asked))
+        return Unit("bench", f"{bench}-{model}", command, estimate, result=saved.name, modules=CORE, uses=uses)
+
+    def _on_a_disk(self) -> bool:
+        """Whether the report's own folder is on a disk, so that something in it can be cold."""
+        if self.host.missing(CORE):
+            return False
+        from sllm_mini.loading.probe import IN_MEMORY_FILE_SYSTEMS
+        from sllm_mini.loading.probe_kernel import file_system_of
+
+        return file_system_of(self.folder.scratch) not in IN_MEMORY_FILE_SYSTEMS
 
     def _loads(self, model: str, device: str, state: str) -> Iterator[Unit]:
         nbytes = self._nbytes(model)
@@ -158,8 +192,7 @@ class Table:
         def seconds(rounds: int) -> float:
             return fixed + rounds * limits + loaders * (rounds + 1) * nbytes / rate  # one more that is not timed
 
-        rounds = next((rounds for rounds in range(_ROUNDS, 1, -1) if seconds(rounds) <= _UNIT_SECONDS), 1)
-        return rounds, min(seconds(rounds), _UNIT_SECONDS)
+        return _fitting(seconds)
 
     def _count(self, names: tuple[str, ...], device: str) -> int:
         """How many loaders a unit measures, ours included; all of them without `names`."""
@@ -220,7 +253,8 @@ class Table:
 
     def _too_large(self) -> dict[str, str]:
         """What `_too_large_for` leaves out of the plan, by the key that stands for its units."""
-        return {f"bench/load-{shape}-{device}": reason for device in ("cuda", "cpu") for shape, reason in self._too_large_for(device).items()}
+        found = {f"bench/load-{shape}-{device}": reason for device in ("cuda", "cpu") for shape, reason in self._too_large_for(device).items()}
+        return found | {f"bench/{bench}-{shape}": reason for bench in ("tiers", "overlap") for shape, reason in self._too_large_for(self._workers_device).items()}
 
     def _why_not(self, shape: str, *, on_gpu: bool) -> str | None:
         """The first thing there is too little of. On disk lie the model, our checkpoint and one peer's file; in memory
@@ -239,6 +273,12 @@ class Table:
             if need > free:
                 return f"needs {need / 1e9:.1f} GB of {name}, {free / 1e9:.1f} GB are free"
         return None
+
+
+def _fitting(seconds: Callable[[int], float]) -> tuple[int, float]:
+    """As many rounds as fit into a unit, one at least, and the seconds they take."""
+    rounds = next((rounds for rounds in range(_ROUNDS, 1, -1) if seconds(rounds) <= _UNIT_SECONDS), 1)
+    return rounds, min(seconds(rounds), _UNIT_SECONDS)
 
 
 def _seconds_of(chapter: Path) -> float:
