@@ -100,14 +100,13 @@ class Attachment:
     def wait(self, timeout: float | None = None) -> dict[str, torch.Tensor]:
         """Waits for all bytes and returns every tensor by name, composites put together. Raises the load's error, which
         drops the tensors, or TimeoutError, or StoreError once closed."""
-        tensors = self.tensors
         try:
             self._arriving.wait(timeout)
         except BaseException:
             if self._arriving.done:
                 self._tensors = None
             raise
-        return join_composites(self.checkpoint, dict(tensors))
+        return join_composites(self.checkpoint, dict(self.tensors))
 
     def cancel(self) -> None:
         """The same as `close`."""

@@ -143,8 +143,7 @@ class Bringer:
             source, found_in = origin.checkpoint, origin.place
         else:
             source, found_in = image_in_dram, DRAM
-        with self._holdings.locked():
-            self._holdings.require(entry)
+        with self._holdings.locked():  # what is claimed or leased above keeps the model from being forgotten
             self._holdings.make_room(entry, held.name)
             image = held.reserve(entry.name, entry.version.checkpoint)
             image.loading = True
@@ -167,8 +166,8 @@ class Bringer:
         except BaseException as error:
             if moving is not None:
                 moving.cancel()
-                with suppress(BaseException):
-                    moving.wait()  # nothing may move into memory that is given back
+                while not moving.done:  # nothing may move into memory that is given back
+                    time.sleep(_LOOK_SECONDS)
             self._settle(entry, held, image, error)
             lease.close()
             raise

@@ -19,7 +19,7 @@ from sllm_mini.errors import StoreError
 from sllm_mini.eviction import Policy, Resident, Victim, choose_victims, next_clock
 from sllm_mini.storage import messages
 from sllm_mini.storage.attach import Arriving
-from sllm_mini.storage.places import DevicePlace, Dram, Image
+from sllm_mini.storage.places import DevicePlace, Dram, Image, Leases
 from sllm_mini.storage.sources import DISK, Version
 
 DRAM = "dram"
@@ -47,13 +47,27 @@ class Entry:
     clock: dict[str, float] = field(default_factory=dict)
 
 
+class Ending:
+    """Ends a lease when it is called, the first time; any thread may do so at any moment. Who waits for the last use of an
+    image's memory keeps this, so nothing that reaches that memory can be reached from here: not the image, whose transfer
+    may have failed with an error whose traceback holds the tensors."""
+
+    def __init__(self, leases: Leases, ended: queue.SimpleQueue[Leases]) -> None:
+        self._leases, self._ended = leases, ended
+        self._once = threading.Lock()
+
+    def __call__(self) -> None:
+        if self._once.acquire(blocking=False):
+            self._ended.put(self._leases)
+
+
 class Lease:
-    """The right to an image's memory until `close`, which any thread may call at any moment, also twice."""
+    """The right to an image's memory until `close`, or `ending`, is called."""
 
     def __init__(self, holdings: Holdings, entry: Entry, place: str, image: Image, found_in: str) -> None:
         self.entry, self.place, self.image, self.found_in = entry, place, image, found_in
         self._holdings = holdings
-        self._close_once = threading.Lock()
+        self.ending = Ending(image.leases, holdings.ended)
 
     @property
     def arriving(self) -> Arriving:
@@ -75,8 +89,7 @@ class Lease:
         raise StoreError(f"{self.entry.name} is in {self.place} no more: the store was closed; open it again")
 
     def close(self) -> None:
-        if self._close_once.acquire(blocking=False):
-            self._holdings.ended.put(self)
+        self.ending()
 
     def __enter__(self) -> Lease:
         return self
@@ -98,14 +111,14 @@ class Holdings:
         self._policy = policy
         self._clock: dict[str, float] = {}
         self._lock = threading.RLock()
-        self.ended: queue.SimpleQueue[Lease] = queue.SimpleQueue()
+        self.ended: queue.SimpleQueue[Leases] = queue.SimpleQueue()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the lock, with all leases that have ended taken back."""
         with self._lock:
             while not self.ended.empty():
-                self.ended.get().image.leases -= 1
+                self.ended.get().count -= 1
             yield
 
     def entry(self, name: str) -> Entry:
@@ -139,7 +152,7 @@ class Holdings:
     def lease(self, entry: Entry, place: str, image: Image, found_in: str, *, use: bool = True) -> Lease:
         """A lease on an image that is whole or on its way; with `use` it counts as a use of the model."""
         with self.locked():
-            image.leases += 1
+            image.leases.count += 1
             if use:
                 entry.uses += 1
                 entry.last_used = time.monotonic()
@@ -175,7 +188,7 @@ class Holdings:
         if image is None:
             return None
         nbytes = image.occupied_nbytes
-        fixed = bool(image.loading or image.leases or held.name in entry.pinned)
+        fixed = bool(image.loading or image.leases.count or held.name in entry.pinned)
         seconds = entry.seconds.get(held.name, 0.0) * nbytes / max(image.checkpoint.nbytes, 1)
         return Resident(name, nbytes, 0 if fixed else nbytes, entry.last_used, entry.uses, seconds, entry.clock.get(held.name, 0.0))
 
@@ -201,8 +214,8 @@ class Holdings:
                 why = "it is pinned"
             elif (image is not None and image.loading) or (place == DISK and any(user.reading is not None for user in users)):
                 why = "it is loading"
-            elif image is not None and image.leases:
-                why = f"{image.leases} attachments or copies use it"
+            elif image is not None and image.leases.count:
+                why = f"{image.leases.count} attachments or copies use it"
             if why:
                 raise StoreError(f"{entry.name} stays in {place}: {why}")
 
@@ -232,6 +245,6 @@ class Holdings:
                 image = held.get(entry.name)
                 if image is not None:
                     pinned = held.name in entry.pinned
-                    found.append(messages.Residence(held.name, image.resident_nbytes, image.leases, pinned, image.loading))
+                    found.append(messages.Residence(held.name, image.resident_nbytes, image.leases.count, pinned, image.loading))
             index = entry.version.checkpoint.index
             return messages.Model(entry.name, entry.version.source, index.total_nbytes, len(index.layers), entry.uses, found)

@@ -18,12 +18,12 @@ def attach_lease(lease: Lease) -> Attachment:
     checkpoint = lease.entry.version.checkpoint
     try:
         with lease.memory() as image:
-            lent = image.buffer.lend(lease.close) if isinstance(image.buffer, CudaBuffer) else None
+            lent = image.buffer.lend(lease.ending) if isinstance(image.buffer, CudaBuffer) else None
         if lent is not None:
             return attach_memory(checkpoint, lease.arriving, lent, Tier.DEVICE)
         # The same way as for another process, so that writes stay with who wrote here too.
         fds, chunk_nbytes = duplicate(lease)
-        memory = MappedImage(fds, chunk_nbytes, checkpoint.nbytes, on_unmap=lease.close)
+        memory = MappedImage(fds, chunk_nbytes, checkpoint.nbytes, on_unmap=lease.ending)
         return attach_memory(checkpoint, lease.arriving, memory, Tier.DRAM)
     except BaseException:
         lease.close()

@@ -7,7 +7,7 @@ held; transfers run on threads of their own. Taught in chapter 03.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.checkpoint.layout import align_up
@@ -25,6 +25,13 @@ from sllm_mini.storage.memory import SharedChunk, SharedPool
 
 
 @dataclass(eq=False, slots=True)
+class Leases:
+    """How many attachments, and copies to other places, use an image now."""
+
+    count: int = 0
+
+
+@dataclass(eq=False, slots=True)
 class Image:
     """What a place holds of one model. `resident_nbytes` is the prefix that is there; while `loading`, what is to be."""
 
@@ -34,8 +41,7 @@ class Image:
     arriving: Arriving | None = None
     occupied_nbytes: int = 0
     """What it takes of the place's budget."""
-    leases: int = 0
-    """Attachments, and copies to other places, that use it now."""
+    leases: Leases = field(default_factory=Leases)
     chunks: tuple[SharedChunk, ...] = ()
     """In DRAM."""
     buffer: Buffer | None = None
