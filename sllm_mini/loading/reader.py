@@ -75,6 +75,7 @@ class PartitionReader:
                 self._direct_fd = checkpoint.open_partition(number, os.O_DIRECT)
             except OSError as error:
                 self.fallback = f"direct I/O refused ({error.strerror})"
+                self._forbid_reading_ahead()
             except BaseException:
                 os.close(self.fd)
                 raise
@@ -97,6 +98,7 @@ class PartitionReader:
             except OSError as error:
                 if direct and error.errno in _NO_DIRECT:
                     self.fallback = f"a direct read was refused ({error.strerror})"
+                    self._forbid_reading_ahead()
                     direct = False
                     continue
                 raise LoadError(f"it cannot be read: {error.strerror}", path=self.path, offset=offset + at) from error
@@ -106,6 +108,11 @@ class PartitionReader:
         if self._around_cache and not direct and not cached:
             self._polluted.append((offset, len(view)))
         return direct
+
+    def _forbid_reading_ahead(self) -> None:
+        """What the kernel reads ahead for one thread would look to another as if the page cache had held it before."""
+        with suppress(OSError):  # advice: a file system may refuse it
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def close(self) -> None:
         with suppress(OSError):  # advice: a file system may refuse it

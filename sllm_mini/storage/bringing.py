@@ -191,7 +191,8 @@ class Bringer:
                     self._sources.forget(entry.version)  # the copy in the cache is damaged: the next load reads the remote
                 with self._holdings.locked():
                     if error is None:
-                        entry.seconds[held.name] = time.monotonic() - started
+                        if moved_nbytes:  # the rest was there: all of it would have taken so much longer
+                            entry.seconds[held.name] = (time.monotonic() - started) * image.checkpoint.nbytes / moved_nbytes
                         self._count(None if origin is None else origin.checkpoint, DRAM if origin is None else origin.place, held.name, moved_nbytes)
             finally:
                 try:
