@@ -160,7 +160,7 @@ class _Bench:
 
     def record(self, mode: Mode, count: int) -> Start:
         self._make_state()
-        return record_start(self.checkpoint, mode, _prompt(count), self.options.device)
+        return record_start(self.checkpoint, mode, prompt_of(count), self.options.device)
 
     def _balanced(self) -> int:
         """The length of a prompt whose prefill takes as long as the load, found by trying twice."""
@@ -178,7 +178,7 @@ class _Bench:
 
     def _sample(self, mode: Mode, count: int) -> Sample:
         self._make_state()
-        return time_start(self.checkpoint, mode, _prompt(count), self.options.device)
+        return time_start(self.checkpoint, mode, prompt_of(count), self.options.device)
 
     def _make_state(self) -> None:
         make_cold(self.paths)
@@ -186,5 +186,6 @@ class _Bench:
             back_memory(int(self.checkpoint.nbytes * _BACKED_SHARE))
 
 
-def _prompt(count: int) -> list[int]:
+def prompt_of(count: int) -> list[int]:
+    """The token ids that every start of this bench begins with."""
     return [_FIRST_ID + number % 64 for number in range(count)]
