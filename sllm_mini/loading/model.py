@@ -127,7 +127,9 @@ def _parameters_on_meta() -> Iterator[None]:
         def register_on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
             register(module, name, parameter)
             if parameter is not None and threading.get_ident() == thread:
-                module._parameters[name] = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+                placeholder = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+                placeholder._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers then draws no numbers for it
+                module._parameters[name] = placeholder
 
         torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
         try:
