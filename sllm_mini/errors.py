@@ -67,6 +67,10 @@ class StoreError(SllmError):
     """The store cannot do what was asked: a name it does not know, no room, a lease in the way, a store that is gone."""
 
 
+class NoRoomError(StoreError):
+    """A place of the store has no room for a model, whatever is evicted from it."""
+
+
 class DeviceError(SllmError):
     """A device call failed, or the device asked for is not there."""
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-import random
-import re
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
@@ -38,8 +34,6 @@ from sllm_mini.resources import resource
 from sllm_mini.storage import Store
 from sllm_mini.types import Tier
 
-CHAPTER = next((Path(__file__).parents[1] / "chapters").glob("03_*.ipynb"))
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
@@ -49,14 +43,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModels:
     return livecache.make_small_models(tmp_path_factory.mktemp("small"), [1, 3, 2, 1, 2, 4])
-
-
-@pytest.fixture(autouse=True)
-def _no_figure_stays() -> Iterator[None]:
-    from matplotlib import pyplot
-
-    yield
-    pyplot.close("all")
 
 
 # Tiers
@@ -89,7 +75,7 @@ def test_a_model_crosses_the_network_once_for_two_tiers(tiny: Checkpoint, tmp_pa
         with attached(store, "model") as attachment:
             attachment.wait()
         assert remote.sent_nbytes == before, "the disk cache had it"
-        assert resident_nbytes(store, "model") == tiny.nbytes and resident_nbytes(store, "model", "disk") == 0
+        assert resident_nbytes(store, "model") == resident_nbytes(store, "model", "disk") == tiny.nbytes
 
 
 def test_a_server_that_is_gone_is_said(tiny: Checkpoint) -> None:
@@ -158,7 +144,10 @@ def test_a_half_resident_model_moves_only_its_tail(tmp_path: Path) -> None:
 
 
 def test_tied_tensors_belong_to_the_first_layer(tiny: Checkpoint) -> None:
-    bounds = list(plots._layer_bounds(tiny).values())
+    found = plots._layer_bounds(tiny)
+    (first, *_, (low, high)) = found.values()
+    assert high - low < first[1] - first[0], "the head's weight is the embedding's; of its own it has a norm"
+    bounds = list(found.values())
     assert all(low < high for low, high in bounds) and all(one[1] <= other[0] for one, other in pairwise(bounds))
 
 
@@ -215,7 +204,7 @@ def test_a_prediction_is_misses_and_hits(small: SmallModels) -> None:
 def test_models_are_as_large_as_they_were_to_be(small: SmallModels) -> None:
     assert [model.nbytes // ALIGNMENT for model in small.catalogue] == [1, 3, 2, 1, 2, 4] and small.nbytes == 13 * ALIGNMENT
     assert sum(model.share for model in small.catalogue) == pytest.approx(1)
-    sizes = livecache.shuffled_chunks(12, seed=random.Random(0).randrange(99))
+    sizes = livecache.shuffled_chunks(12, seed=5)
     assert (min(sizes), max(sizes), len(sizes)) == (4, 40, 12)
 
 
@@ -229,13 +218,3 @@ def test_streams_are_drawn_in_pairs() -> None:
     said = plots.streams_text(foretold, found, 100)
     assert "to the request: lru; off: gdsf by -2 of 100" in said and "lru x1.50, gdsf x1.50" in said and "with gdsf, 1.50 s" in said
     assert said in plots.streams_alt_text(foretold, found, 100)
-
-
-# The notebook
-
-
-def test_every_link_of_the_contents_has_its_heading() -> None:
-    cells = nbformat.read(CHAPTER, as_version=4).cells
-    links = re.findall(r"\]\(#([^\n]*?)\)(?: ·|\n|$)", cells[0].source)
-    headings = {line[3:].strip().replace(" ", "-") for cell in cells for line in cell.source.splitlines() if line.startswith("## ")}
-    assert len(links) == 9 and set(links) <= headings

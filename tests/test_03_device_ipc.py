@@ -160,6 +160,21 @@ def test_no_bytes_can_be_shared_too(pair: Pair) -> None:
     assert pair.opens() == 0 and pair.leaks() == [{}, {}]
 
 
+def test_what_is_lent_comes_back_once_even_if_it_has_no_bytes(pair: Pair) -> None:
+    for nbytes in (0, 64):
+        memory = pair.owner.device().allocate(nbytes)
+        returned: list[int] = []
+        lent = memory.lend(lambda returned=returned: returned.append(1))  # type: ignore[misc]
+        tensor = lent.tensor()
+        memory.close()
+        lent.close()
+        assert returned == []
+        del lent, tensor
+        assert returned == [1]
+    del memory
+    assert pair.owner.leaks() == {}
+
+
 # What cannot be opened
 
 

@@ -39,6 +39,7 @@ def cached(draw: st.DrawFn) -> list[Resident]:
     return residents
 
 
+NAN = float("nan")
 NEEDS = st.integers(1, 300)
 GRANULES = st.integers(1, 9)
 ANY_POLICY = st.sampled_from(EVERY_POLICY)
@@ -316,7 +317,7 @@ def test_nothing_can_be_taken_from_nothing() -> None:
     assert choose_victims([], 1, LRU) == []
 
 
-@pytest.mark.parametrize("wrong", [{"nbytes": 5, "evictable": 6}, {"evictable": -1}, {"uses": -1}, {"cost": -0.5}, {"cost": float("nan")}])
+@pytest.mark.parametrize("wrong", [{"nbytes": 5, "evictable": 6}, {"evictable": -1}, {"uses": -1}, {"cost": -0.5}, {"cost": NAN}, {"last_used": NAN}, {"clock": NAN}])
 def test_residents_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"^a "):
         model("a", **wrong)  # type: ignore[arg-type]

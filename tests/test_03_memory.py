@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from store_process import eventually
 
 from sllm_mini.checkpoint import Checkpoint, WriteOptions, save_checkpoint
 from sllm_mini.checkpoint.hashing import CHUNK_NBYTES
@@ -35,8 +36,9 @@ from sllm_mini.loading.plan import plan_load
 from sllm_mini.loading.residency import drop_cached
 from sllm_mini.storage import mapping
 from sllm_mini.storage.chunks import FromChunks, IntoChunks, pieces_of
-from sllm_mini.storage.mapping import MappedImage
-from sllm_mini.storage.memory import SharedChunk, SharedPool
+from sllm_mini.storage.mapping import AddressRange, MappedImage
+from sllm_mini.storage.memory import SharedPool
+from sllm_mini.storage.shared_chunk import SharedChunk
 
 MIB = 1 << 20
 SMALL = 2 * MIB
@@ -219,6 +221,18 @@ def test_only_a_chunk_that_was_never_lent_is_used_again() -> None:
         pool.give(fresh)
 
 
+def test_what_has_its_memory_is_taken_first() -> None:
+    with SharedPool(2 * SMALL, SMALL) as pool:
+        backed, bare = pool.take(), pool.take(back=False)
+        pool.give(backed)
+        pool.give(bare)
+        assert pool.ready_nbytes == SMALL and [pool.take(back=False), pool.take(back=False)] == [backed, bare]
+        pool.give(bare)
+        pool.give(backed)
+        assert pool.take(back=False) is backed
+        pool.give(backed)
+
+
 def test_the_default_chunk_makes_128_to_256_of_a_budget() -> None:
     for budget in (SMALL, 300 * MIB, 512 * MIB - 1, 512 * MIB, 10**10, 2**34, 3 * 2**34, 2**40):
         chunk = SharedPool(budget).chunk_nbytes
@@ -260,6 +274,118 @@ def test_two_threads_never_get_the_same_chunk_nor_more_than_the_budget() -> None
         for thread in threads:
             thread.join()
         assert not errors and refused and pool.used_nbytes == 0 and pool.kernel_nbytes() == 8 * SMALL
+
+
+# The stock: memory backed ahead of need
+
+
+def ready(pool: SharedPool, nbytes: int) -> bool:
+    """Waits until the stock has made this much ready."""
+    eventually(lambda: pool.ready_nbytes >= nbytes)
+    return pool.ready_nbytes == nbytes
+
+
+@pytest.mark.parametrize(("backed", "chunks"), [(1, 1), (2 * SMALL, 2), (2 * SMALL + 1, 3), (5 * SMALL + 1, 5)])
+def test_a_stock_backs_what_was_asked_for_and_nobody_uses_it(backed: int, chunks: int) -> None:
+    with SharedPool(5 * SMALL + 1, SMALL, backed_nbytes=backed) as pool:
+        assert ready(pool, chunks * SMALL)
+        assert (pool.used_nbytes, pool.free_nbytes, pool.kernel_nbytes(), pool.trouble) == (0, 5 * SMALL, chunks * SMALL, "")
+        time.sleep(0.3)
+        assert pool.kernel_nbytes() == chunks * SMALL
+        taken = [pool.take(back=False) for _ in range(5)]
+        assert [chunk.backed for chunk in taken] == [True] * chunks + [False] * (5 - chunks), "what is ready goes first"
+        assert all(chunk.fresh and not any(chunk.view) for chunk in taken)
+        for chunk in taken:
+            pool.give(chunk)
+
+
+def test_a_stock_replaces_what_was_lent_within_the_budget() -> None:
+    with SharedPool(4 * SMALL, SMALL, backed_nbytes=3 * SMALL) as pool:
+        most: list[int] = []
+        for _ in range(3):
+            chunks = filled(pool, 1, 2, 3)
+            image = attach(chunks)
+            time.sleep(0.3)
+            most.append(pool.used_nbytes + pool.ready_nbytes)
+            assert ready(pool, SMALL), "no more has room beside what is taken"
+            image.close()
+            for chunk in chunks:
+                pool.give(chunk)
+            assert ready(pool, 3 * SMALL) and pool.kernel_nbytes() == 3 * SMALL and pool.used_nbytes == 0
+        assert max(most) <= 4 * SMALL
+
+
+def test_a_stock_waits_until_nothing_is_taken_and_nobody_moves_bytes() -> None:
+    moving = threading.Event()
+    with SharedPool(8 * SMALL, SMALL, backed_nbytes=4 * SMALL, busy=moving.is_set) as pool:
+        assert ready(pool, 4 * SMALL)
+        moving.set()
+        taken = [pool.take() for _ in range(4)]
+        time.sleep(0.4)
+        assert pool.ready_nbytes == 0, "somebody moves bytes"
+        moving.clear()
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            pool.give(taken.pop())
+            taken.append(pool.take())
+            assert pool.ready_nbytes == 0, "chunks are taken all the time"
+            time.sleep(0.002)
+        assert ready(pool, 4 * SMALL)
+        for chunk in taken:
+            pool.give(chunk)
+
+
+def test_whoever_takes_a_chunk_that_is_being_backed_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, begun, go_on = AddressRange.populate, threading.Event(), threading.Event()
+
+    def slowly(self: AddressRange, offset: int, nbytes: int, *, write: bool) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        real(self, offset, nbytes, write=write)
+
+    monkeypatch.setattr(AddressRange, "populate", slowly)
+    with SharedPool(SMALL, SMALL, backed_nbytes=SMALL) as pool:
+        assert begun.wait(10)
+        [chunk] = [pool.take(back=False)]  # the budget's only one
+        assert not chunk.backed and pool.used_nbytes == SMALL
+        chunk.lent = True
+        giving = threading.Thread(target=pool.give, args=(chunk,))  # waits: its memory is not taken away under the stock
+        giving.start()
+        giving.join(0.1)
+        assert giving.is_alive()
+        go_on.set()
+        giving.join(10)
+        assert not giving.is_alive() and ready(pool, SMALL) and pool.trouble == ""
+
+
+def test_closing_does_not_wait_for_all_that_is_to_be_backed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, backed = AddressRange.populate, []
+
+    def slowly(self: AddressRange, offset: int, nbytes: int, *, write: bool) -> None:
+        time.sleep(0.05)
+        backed.append(self)
+        real(self, offset, nbytes, write=write)
+
+    monkeypatch.setattr(AddressRange, "populate", slowly)
+    pool = SharedPool(64 * SMALL, SMALL, backed_nbytes=64 * SMALL)
+    eventually(lambda: len(backed) > 1)
+    pool.close()
+    count = len(backed)
+    assert count < 30 and not [thread for thread in threading.enumerate() if thread.name == "sllm-stock"]
+    time.sleep(0.1)
+    assert len(backed) == count and pool.kernel_nbytes() == 0
+    pool.close()
+    backed.clear()
+
+
+def test_a_stock_pins_for_a_gpu() -> None:
+    runtime = RecordingRuntime(devices=1)
+    with SharedPool(2 * SMALL, SMALL, runtime.device(), backed_nbytes=SMALL) as pool:
+        assert ready(pool, SMALL)
+        chunk = pool.take(back=False)
+        assert chunk.pinned
+        pool.give(chunk)
+    assert runtime.leaks() == {}
 
 
 # Images
@@ -370,7 +496,7 @@ def test_a_forked_child_tells_nobody() -> None:
 
 def test_the_end_of_the_interpreter_tells_nobody_and_crashes_nothing() -> None:
     code = (
-        "import os, sys; from sllm_mini.storage.mapping import MappedImage; from sllm_mini.storage.memory import SharedChunk;"
+        "import os, sys; from sllm_mini.storage.mapping import MappedImage; from sllm_mini.storage.shared_chunk import SharedChunk;"
         "chunk = SharedChunk(2 << 20); image = MappedImage([os.dup(chunk.fd)], 2 << 20, 100, on_unmap=lambda: print('told'));"
         "view = image.view; sys.keep = view"
     )

@@ -6,6 +6,8 @@ import gc
 import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,11 +34,23 @@ from hypothesis.stateful import (
 from range_server import RangeServer
 from store_process import PATIENT, StoreProcess, eventually
 
-from sllm_mini.checkpoint import Checkpoint, WriteOptions, open_checkpoint
+from sllm_mini.checkpoint import Checkpoint, WriteOptions, open_checkpoint, save_checkpoint
+from sllm_mini.checkpoint.composite import _wrappers, allow_composite
 from sllm_mini.checkpoint.torch_source import torch_source
 from sllm_mini.checkpoint.writer import write_checkpoint
 from sllm_mini.device.fake import RecordingRuntime
-from sllm_mini.errors import CheckpointError, IntegrityError, LoadError, SllmError, StoreError, WireError
+from sllm_mini.errors import (
+    CheckpointError,
+    FormatError,
+    IntegrityError,
+    LoadCancelled,
+    LoadError,
+    NoRoomError,
+    RemoteError,
+    SllmError,
+    StoreError,
+    WireError,
+)
 from sllm_mini.loading.load import load_tensors
 from sllm_mini.storage.attach import Attachment
 from sllm_mini.storage.bringing import Bringer
@@ -45,11 +59,13 @@ from sllm_mini.storage.holdings import Lease
 from sllm_mini.storage.lending import attach_lease
 from sllm_mini.storage.messages import Figures, Happened, Place, Residence
 from sllm_mini.storage.server import StoreServer
+from sllm_mini.storage.source import RemoteOptions
 from sllm_mini.storage.store import Store
 from sllm_mini.types import Progress, Tier
 
 MIB = 1 << 20
 CHUNK = 2 * MIB
+HASTY = RemoteOptions(timeout_seconds=2, deadline_seconds=1, backoff_seconds=0.01)
 Either = Store | StoreClient
 Open = Callable[..., Either]
 
@@ -220,7 +236,7 @@ def test_no_name_leads_out_of_the_stores_folder(name: str, tmp_path: Path, model
                 either.register(name, models / "a")
             with pytest.raises(StoreError):
                 either.attach(name)
-        assert store.models() == [] and not (tmp_path / "s").exists()
+        assert store.models() == [] and [path.name for path in (tmp_path / "s").rglob("*")] == ["remote"]
 
 
 def test_a_changed_model_is_served_once_it_is_registered_again(opened: Open, tmp_path: Path) -> None:
@@ -435,6 +451,45 @@ def test_the_end_of_a_load_shows_once_the_store_has_noted_it(models: Path, tmp_p
             store.attach("b").wait()
         (path / PARTITIONS[1]).write_bytes(right)
         assert_right(store.attach("b").wait(), path)
+
+
+class Doubled(torch.Tensor):
+    """A class that one program allows and the store's, another, does not know."""
+
+    @staticmethod
+    def __new__(cls, half: torch.Tensor) -> Doubled:
+        return torch.Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype)
+
+    def __init__(self, half: torch.Tensor) -> None:
+        self.half_ = half
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        return ["half_"], {}
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, torch.Tensor], *_: Any) -> Doubled:
+        return cls(parts["half_"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise NotImplementedError(func)
+
+
+def test_a_store_holds_for_others_what_it_could_not_build_itself(tmp_path: Path) -> None:
+    allow_composite(Doubled)
+    try:
+        save_checkpoint({"w": Doubled(torch.arange(6)), "plain": torch.ones(4)}, tmp_path / "c")
+        with Store(tmp_path / "s", dram_nbytes=CHUNK, chunk_nbytes=CHUNK) as store:
+            store.register("a", tmp_path / "c")
+            del _wrappers[f"{Doubled.__module__}.Doubled"]
+            store.prefetch("a")
+            with pytest.raises(FormatError, match="allow its class with allow_composite"):
+                store.attach("a").wait()
+            allow_composite(Doubled)
+            found = store.attach("a").wait()
+            assert isinstance(found["w"], Doubled) and torch.equal(found["w"].half_, torch.arange(6))
+    finally:
+        _wrappers.clear()
 
 
 def test_what_happens_between_asking_and_getting(models: Path, tmp_path: Path) -> None:
@@ -660,33 +715,177 @@ def test_closing_a_store_ends_its_loads(models: Path, tmp_path: Path, server: Ga
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("sllm")]
 
 
-@pytest.mark.parametrize("options", [{"dram_nbytes": MIB}, {"dram_nbytes": CHUNK, "policy": "fifo"}, {"disk_nbytes": 1}, {"device_nbytes": {"cpu": MIB}}, {"dram_nbytes": MIB * 3, "chunk_nbytes": MIB}])
+@pytest.mark.parametrize("options", [{"dram_nbytes": MIB}, {"dram_nbytes": CHUNK, "policy": "fifo"}, {"disk_nbytes": 1}, {"device_nbytes": {"cpu": MIB}}, {"disk_nbytes": MIB, "backed_nbytes": 1}, {"dram_nbytes": CHUNK, "backed_nbytes": CHUNK + 1}, {"dram_nbytes": MIB * 3, "chunk_nbytes": MIB}])
 def test_budgets_that_hold_nothing_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"chunk|policy|holds nothing|dram_nbytes"):
+    with pytest.raises(ValueError, match=r"chunk|policy|holds nothing|dram_nbytes|back at most"):
         Store(tmp_path, **options)
 
 
-def test_two_stores_do_not_share_a_socket_and_may_share_a_folder(models: Path, size: int, tmp_path: Path, server: GatedServer) -> None:
-    with StoreProcess(tmp_path / "folder", dram_nbytes=64 * MIB, disk_nbytes=64 * MIB) as first:
+def test_two_stores_share_neither_a_socket_nor_a_folder(models: Path, tmp_path: Path) -> None:
+    with StoreProcess(tmp_path / "folder", dram_nbytes=CHUNK) as first:
         with Store(tmp_path / "other", dram_nbytes=CHUNK) as store, pytest.raises(WireError, match="a server listens there already"):
             StoreServer(store, first.address)
-        first.client.register("a", f"{server.url}/a")
-        with StoreProcess(tmp_path / "folder", address=tmp_path / "second", dram_nbytes=64 * MIB, disk_nbytes=64 * MIB) as second:
-            second.client.register("a", f"{server.url}/a")
-            both = [first.client.attach("a"), second.client.attach("a")]
-            for model in both:
-                assert_right(model.wait(), models / "a")
-            del both, model
-            for store_process in (first, second):
-                drop_lease(store_process.client, "a")
-                store_process.client.evict("a", "dram")
-            before = server.weight_nbytes()
-            for store_process in (first, second):
-                assert_right(store_process.client.attach("a").wait(), models / "a")
-            assert server.weight_nbytes() == before
-            assert {place_of(found.client, "disk").used_nbytes for found in (first, second)} == {place_of(first.client, "disk").used_nbytes}
-        assert first.client.attach("a").wait(10)
+        with pytest.raises(StoreError, match=rf"another store works in {tmp_path / 'folder'}; ask that one, close it, or give this one a folder of its own"):
+            Store(tmp_path / "folder", dram_nbytes=CHUNK)
+        assert first.client.models() == []
+        first.kill()
+    with pytest.raises(ValueError, match="smaller than one chunk"):
+        Store(tmp_path / "folder", dram_nbytes=CHUNK // 2)  # which must not keep it
+    gone, go = os.pipe()
+    with Store(tmp_path / "folder", dram_nbytes=CHUNK) as store:
+        child = os.fork()
+        if child == 0:  # has the store's descriptors as long as it lives
+            os.close(go)
+            os.read(gone, 1)
+            os._exit(0)
+        with pytest.raises(StoreError, match="another store works in"):
+            Store(tmp_path / "folder", disk_nbytes=64 * MIB)
+    with Store(tmp_path / "folder", dram_nbytes=CHUNK):
+        for refused in (lambda: store.register("a", models / "a"), lambda: store.register("a", "http://127.0.0.1:1/a")):
+            with pytest.raises(StoreError, match="the store is closed; open it again"):
+                refused()
+    os.close(gone)
+    os.close(go)
+    os.waitpid(child, 0)
+
+
+def test_memory_is_backed_between_loads_and_told_apart(opened: Open, models: Path, size: int) -> None:
+    chunks = -(-size // CHUNK)
+    store = opened(dram_nbytes=(chunks + 2) * CHUNK, backed_nbytes=chunks * CHUNK)
+    store.register("a", models / "a")
+    eventually(lambda: place_of(store, "dram").ready_nbytes == chunks * CHUNK)
+    for _ in range(2):
+        place = place_of(store, "dram")
+        assert (place.used_nbytes, place.kernel_nbytes, place.trouble) == (0, chunks * CHUNK, "")
+        assert_right(store.attach("a").wait(), models / "a")
+        eventually(lambda: place_of(store, "dram").ready_nbytes == 2 * CHUNK)  # all that the budget has left
+        place = place_of(store, "dram")
+        assert (place.used_nbytes, place.kernel_nbytes) == (chunks * CHUNK, place.budget_nbytes)
+        drop_lease(store, "a")
+        store.evict("a", "dram")
+        eventually(lambda: place_of(store, "dram").ready_nbytes == chunks * CHUNK)
+
+
+def test_nothing_is_backed_while_anything_is_loaded(models: Path, size: int, tmp_path: Path, server: GatedServer) -> None:
+    nbytes = 2 * -(-size // CHUNK) * CHUNK
+    with Store(tmp_path / "s", dram_nbytes=nbytes, backed_nbytes=nbytes, chunk_nbytes=CHUNK, remote=PATIENT) as store:
+        eventually(lambda: place_of(store, "dram").ready_nbytes == nbytes)
+        store.register("a", f"{server.url}/a")
+        with gated(server, *PARTITIONS):
+            model = store.attach("a")
+            store.register("b", models / "b")
+            store.prefetch("b")
+            assert place_of(store, "dram").ready_nbytes == 0
+            assert store.evict("b", "dram") == nbytes // 2
+            store.register("b", models / "b")
+            kept = place_of(store, "dram").ready_nbytes
+            assert kept == nbytes // 2  # never lent, so it has its memory still
+            store.attach("b").wait()
+            drop_lease(store, "b")
+            store.evict("b", "dram")
+            time.sleep(0.4)
+            assert place_of(store, "dram").ready_nbytes == 0
+        model.wait()
+        eventually(lambda: place_of(store, "dram").ready_nbytes == nbytes // 2)
+        del model
         gc.collect()
+
+
+def test_where_a_model_lies_is_told_with_the_bytes_so_far(opened: Open, models: Path, size: int, server: GatedServer) -> None:
+    store = opened(disk_nbytes=64 * MIB)
+    store.register("a", f"{server.url}/a")
+    store.register("same", f"{server.url}/a")
+    store.register("local", models / "a")
+    store.prefetch("local")
+    files = open_checkpoint(models / "a").index.partitions
+    with gated(server, *PARTITIONS[2:]):
+        model = store.attach("a")
+        before = sum(entry.nbytes for entry in files[:2])
+        eventually(lambda: held_nbytes(store, "a", "disk") == before == held_nbytes(store, "a"))
+        assert residence(store, "a") == Residence("dram", before, leases=1, pinned=False, loading=True)
+        on_disk = Residence("disk", before, leases=0, pinned=False, loading=True)
+        assert residence(store, "a", "disk") == on_disk == residence(store, "same", "disk")
+    model.wait()
+    store.pin("a", "disk")
+    assert residence(store, "a", "disk") == Residence("disk", size, leases=0, pinned=True, loading=False)
+    assert residence(store, "a") == Residence("dram", size, leases=1, pinned=False, loading=False)
+    assert [found.place for name in ("same", "local") for found in next(model for model in store.models() if model.name == name).places] == ["disk", "dram"]
+    store.pin("a", "disk", False)
+    store.evict("a", "disk")
+    assert residence(store, "a", "disk") is None is residence(store, "same", "disk")
+
+
+def test_credentials_are_used_and_not_told(opened: Open, models: Path, server: GatedServer) -> None:
+    for name, dram in (("roomy", 64 * MIB), ("full", CHUNK)):
+        store = opened(name, dram_nbytes=dram)
+        told = [store.register("a", server.url.replace("//", "//me:secret@") + "/a?token=hidden")]
+        model = store.attach("a")
+        assert_right(model.wait(), models / "a")
+        assert model.tier is (Tier.DRAM if name == "roomy" else Tier.DISK)  # the client reads for itself, by the same credentials
+        told += store.models()
+        assert {found.source for found in told} == {server.url.replace("//", "//***@") + "/a?***"}
+        assert not any(secret in repr((told, store.stats(), model.reason, model.checkpoint)) for secret in ("secret", "hidden"))
+        del model
+    assert all(asked.headers.get("authorization", "").startswith("Basic ") for asked in server.asked)
+
+
+def test_an_error_is_the_same_over_the_socket(models: Path, tmp_path: Path, server: GatedServer) -> None:
+    shutil.copytree(models / "a", tmp_path / "damaged")
+    right = (models / "a" / PARTITIONS[1]).read_bytes()
+    (tmp_path / "damaged" / PARTITIONS[1]).write_bytes(bytes([right[0] ^ 1]) + right[1:])
+    with Store(tmp_path / "s", dram_nbytes=64 * MIB, chunk_nbytes=CHUNK, remote=HASTY) as store, StoreServer(store, tmp_path / "socket"):
+        client = StoreClient(tmp_path / "socket")
+        store.register("damaged", tmp_path / "damaged")
+        with Store(tmp_path / "small", dram_nbytes=CHUNK, chunk_nbytes=CHUNK) as small, StoreServer(small, tmp_path / "second"):
+            small.register("a", models / "a")
+            found: list[list[tuple[type, str, dict[str, Any]]]] = [[], []]
+
+            def asked(either: Either, tiny: Either) -> list[Callable[[], object]]:
+                return [
+                    lambda: either.attach("damaged").wait(),
+                    lambda: either.prefetch("damaged"),
+                    lambda: either.register("b", models / "nowhere"),
+                    lambda: either.register("b", f"{server.url}/nowhere"),
+                    lambda: either.prefetch("unknown"),
+                    lambda: tiny.prefetch("a"),
+                ]
+
+            for errors, asking in ((found[0], asked(store, small)), (found[1], asked(client, StoreClient(tmp_path / "second")))):
+                for ask in asking:
+                    with pytest.raises(SllmError) as error:
+                        ask()
+                    errors.append((type(error.value), str(error.value), {name: vars(error.value).get(name) for name in ("path", "offset")}))
+                    del error
+        assert found[0] == found[1]
+        kinds = [kind for kind, _, _ in found[0]]
+        assert kinds == [IntegrityError, IntegrityError, CheckpointError, RemoteError, StoreError, NoRoomError]
+        assert found[0][0][2] == {"path": str(tmp_path / "damaged" / PARTITIONS[1]), "offset": 0} and found[0][3][2]["path"] == f"{server.url}/nowhere/index.json"
+        del ask, asking, asked
+        gc.collect()
+
+
+@pytest.mark.parametrize("over_socket", [False, True])
+def test_a_prefetch_of_a_silent_remote_ends_when_it_is_cancelled(models: Path, tmp_path: Path, server: GatedServer, over_socket: bool) -> None:
+    """Its requests may hang for 30 seconds."""
+    with gated(server, *PARTITIONS), Store(tmp_path / "s", disk_nbytes=64 * MIB, remote=PATIENT) as store, StoreServer(store, tmp_path / "socket"):
+        store.register("a", f"{server.url}/a")
+        if over_socket:
+            program = f"from sllm_mini.storage import StoreClient; StoreClient({os.fspath(tmp_path / 'socket')!r}).prefetch('a', 'disk')"
+            client = subprocess.Popen([sys.executable, "-c", program])
+            eventually(lambda: residence(store, "a", "disk") is not None and len(server.asked) > len(PARTITIONS) + 2)
+            began = time.monotonic()
+            client.kill()
+            client.wait()
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                prefetching = pool.submit(store.prefetch, "a", "disk")
+                eventually(lambda: residence(store, "a", "disk") is not None and len(server.asked) > len(PARTITIONS) + 2)
+                began = time.monotonic()
+                store.close()
+                with pytest.raises(LoadCancelled):
+                    prefetching.result(1)
+        eventually(lambda: residence(store, "a", "disk") is None)
+        assert time.monotonic() - began < 5
 
 
 # GPUs, on a runtime that records

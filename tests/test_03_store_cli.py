@@ -10,13 +10,13 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Ended, Run
 from range_server import RangeServer
 from typer.testing import CliRunner
 
@@ -26,34 +26,6 @@ from sllm_mini.storage import StoreClient, client
 
 SOFT_DESCRIPTORS = 256
 COMMANDS = ("register", "forget", "prefetch", "pin", "unpin", "evict", "list", "stats", "watch")
-
-
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process, as the script does."""
-
-    def call(*args: str | Path) -> Ended:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main.main([str(arg) for arg in args])
-        captured = capfd.readouterr()
-        return Ended(ended.value.code if isinstance(ended.value.code, int) else 0, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +136,7 @@ def test_a_model_goes_through_its_life(run: Run, address: str, checkpoint: Path)
     figures = ask("stats")
     used = figures["places"][0]["used_nbytes"]
     assert used == -(-nbytes // (2 << 20)) * (2 << 20)
-    assert figures["places"][0] == {"place": "dram", "budget_nbytes": 64 << 20, "used_nbytes": used, "kernel_nbytes": used}
+    assert figures["places"][0] == {"place": "dram", "budget_nbytes": 64 << 20, "used_nbytes": used, "kernel_nbytes": used, "ready_nbytes": 0, "trouble": ""}
     assert figures["moved_nbytes"] == {"disk->dram": nbytes}
 
     assert ask("pin", "life", "dram") == {"name": "life", "place": "dram", "pinned": True}
@@ -189,7 +161,7 @@ def test_the_same_for_people(run: Run, address: str, checkpoint: Path) -> None:
     assert ask("pin", "seen", "dram") == "seen is pinned in dram\n"
     assert "  dram 10.2 MB (pinned)  " in ask("list")
     stats = ask("stats")
-    assert "dram   67.1 MB  10.5 MB         10.5 MB" in stats and "disk   50.0 MB      0 B             0 B" in stats
+    assert "dram   67.1 MB  10.5 MB    0 B         10.5 MB" in stats and "disk   50.0 MB      0 B    0 B             0 B" in stats
     assert "moved disk → dram" in stats
     assert ask("unpin", "seen", "dram") == "seen is not pinned in dram\n"
     assert ask("evict", "seen", "dram") == "Evicted 10.5 MB of seen from dram\n"
@@ -201,9 +173,10 @@ def test_a_remote_model_is_brought_to_the_disk(run: Run, address: str, checkpoin
         secret = server.url.replace("//", "//me:secret@")
         shown = [run("store", "register", "far", secret, "--address", address), run("store", "list", "--address", address)]
         shown += [run("store", "register", "far", secret, "--address", address, "--json"), run("store", "list", "--address", address, "--json")]
-        assert all((one.code, one.err) == (0, "") and server.url in one.out and "secret" not in one.out for one in shown)
+        assert all((one.code, one.err) == (0, "") and server.url.replace("//", "//***@") in one.out and "secret" not in one.out for one in shown)
         ended = run("store", "prefetch", "far", "--to", "disk", "--address", address, "--json")
         assert ended.code == 0 and ended.document["place"] == "disk"
+        assert "disk 10.2 MB  " in run("store", "list", "--address", address).out
     found = {place["place"]: place["used_nbytes"] for place in run("store", "stats", "--address", address, "--json").document["places"]}
     assert found["disk"] >= sum(file.stat().st_size for file in checkpoint.glob("data-*"))
     assert run("load", "far", "--store", "--address", address).code == 0  # its server is gone
@@ -291,6 +264,8 @@ def test_generate_on_the_stores_memory_says_the_same(run: Run, address: str, che
         (("store", "--dram", "1MiB"), "smaller than one chunk"),
         (("store", "--dram", "8MiB", "--chunk", "3MB"), "a chunk cannot have 3,000,000 bytes"),
         (("store", "--dram", "8MiB", "--policy", "fifo"), "fifo"),
+        (("store", "--dram", "8MiB", "--backed", "9MiB"), "back at most the budget"),
+        (("store", "--disk", "8MiB", "--backed", "1MiB"), "backed_nbytes is a part of dram_nbytes"),
         (("store", "--dram", "8MiB", "--huge-pages", "yes"), "yes"),
         (("store", "--device", "cuda:0"), "cuda:0=20GiB"),
         (("store", "--device", "cuda:0=1GiB", "--device", "cuda:0=2GiB"), "two budgets"),

@@ -40,6 +40,10 @@ def _budget(text: str) -> tuple[str, int]:
 def store(
     context: typer.Context,
     dram: Annotated[int | None, typer.Option("--dram", parser=parse_nbytes, metavar="SIZE", help="Memory for models, for example 8GiB.")] = None,
+    backed: Annotated[
+        int | None,
+        typer.Option("--backed", parser=parse_nbytes, metavar="SIZE", help="Of --dram, backed ahead of need while nothing loads.", show_default="none"),
+    ] = None,
     disk: Annotated[
         int | None, typer.Option("--disk", parser=parse_nbytes, metavar="SIZE", help="Disk space for copies of remote models.", show_default="none")
     ] = None,
@@ -78,7 +82,7 @@ def store(
     place = address or default_address()
     try:
         opened = Store(
-            folder or _default_folder(), dram_nbytes=dram or 0, disk_nbytes=disk or 0, device_nbytes=devices,
+            folder or _default_folder(), dram_nbytes=dram or 0, backed_nbytes=backed or 0, disk_nbytes=disk or 0, device_nbytes=devices,
             policy=policy, chunk_nbytes=chunk, huge_pages=huge_pages,
         )  # fmt: skip
     except ValueError as error:
@@ -165,12 +169,5 @@ def _announce(opened: Store, address: str, policy: str, json: bool) -> None:
     sys.stdout.flush()
 
 
-app.command("register")(store_client.register)
-app.command("forget")(store_client.forget)
-app.command("prefetch")(store_client.prefetch)
-app.command("pin")(store_client.pin)
-app.command("unpin")(store_client.unpin)
-app.command("evict")(store_client.evict)
-app.command("list")(store_client.list_models)
-app.command("stats")(store_client.stats)
-app.command("watch")(store_client.watch)
+for name, command in store_client.COMMANDS.items():
+    app.command(name)(command)

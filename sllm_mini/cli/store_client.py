@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +17,6 @@ from sllm_mini.lab.units import nbytes_text, seconds_text
 
 if TYPE_CHECKING:
     from sllm_mini.storage import StoreClient
-    from sllm_mini.storage.messages import Model
     from sllm_mini.wire import Message
 
 AddressOption = Annotated[
@@ -56,13 +56,6 @@ def _plain(message: Message) -> dict[str, Any]:
     return found
 
 
-def _described(model: Model) -> dict[str, Any]:
-    """A model as JSON; what may be secret in its address is left out."""
-    from sllm_mini.storage.source import shown
-
-    return _plain(model) | {"source": shown(model.source)}
-
-
 def _done(document: dict[str, Any], words: str, json: bool) -> None:
     if json:
         terminal.emit_json(document)
@@ -81,9 +74,8 @@ def register(
     Reads its index and no weights. The same name again replaces it, unless it is in use.
     """
     found = running_store(address).register(name, source)
-    document = _described(found)
-    words = f"Registered {found.name}: {terminal.count(found.layers, 'layer')}, {nbytes_text(found.nbytes)}, from {document['source']}"
-    _done(document, words, json)
+    words = f"Registered {found.name}: {terminal.count(found.layers, 'layer')}, {nbytes_text(found.nbytes)}, from {found.source}"
+    _done(_plain(found), words, json)
 
 
 def forget(name: NameArgument, address: AddressOption = None, json: JsonOption = False) -> None:
@@ -132,19 +124,18 @@ def evict(name: NameArgument, place: PlaceArgument, address: AddressOption = Non
 
 
 def list_models(address: AddressOption = None, json: JsonOption = False) -> None:
-    """List the models, and what each place in memory holds of them."""
+    """List the models, and what each place holds of them."""
     models = running_store(address).models()
-    documents = [_described(model) for model in models]
     if json:
-        terminal.emit_json({"models": documents})
+        terminal.emit_json({"models": [_plain(model) for model in models]})
         return
-    made = terminal.table("name", "size", "uses", "in memory", "source", numbers=("size", "uses"))
-    for model, document in zip(models, documents, strict=True):
+    made = terminal.table("name", "size", "uses", "held in", "source", numbers=("size", "uses"))
+    for model in models:
         held = []
         for found in model.places:
             states = [f"{found.leases} in use"] * bool(found.leases) + ["pinned"] * found.pinned + ["loading"] * found.loading
             held.append(f"{found.place} {nbytes_text(found.nbytes)}" + (f" ({', '.join(states)})" if states else ""))
-        made.add_row(model.name, nbytes_text(model.nbytes), f"{model.uses:,}", "; ".join(held) or "–", document["source"])
+        made.add_row(model.name, nbytes_text(model.nbytes), f"{model.uses:,}", "; ".join(held) or "–", model.source)
     terminal.stdout_console().print(made if models else "No model is registered.")
 
 
@@ -155,11 +146,15 @@ def stats(address: AddressOption = None, json: JsonOption = False) -> None:
         terminal.emit_json(_plain(figures))
         return
     console = terminal.stdout_console()
-    numbers = ("budget", "used", "kernel's count")
+    numbers = ("budget", "used", "ready", "kernel's count")
     made = terminal.table("place", *numbers, numbers=numbers)
     for place in figures.places:
-        made.add_row(place.place, nbytes_text(place.budget_nbytes), nbytes_text(place.used_nbytes), "–" if place.kernel_nbytes is None else nbytes_text(place.kernel_nbytes))
+        sizes = (place.budget_nbytes, place.used_nbytes, place.ready_nbytes, place.kernel_nbytes)
+        made.add_row(place.place, *("–" if nbytes is None else nbytes_text(nbytes) for nbytes in sizes))
     console.print(made)
+    for place in figures.places:
+        if place.trouble:
+            console.print(f"Less of {place.place} is ready than was asked for: {place.trouble}", style="yellow")
     rows = {f"attached from {place}": f"{times:,}" for place, times in figures.attached.items()}
     rows |= {f"moved {way.replace('->', ' → ')}": nbytes_text(nbytes) for way, nbytes in figures.moved_nbytes.items()}
     rows |= {f"evicted from {place}": nbytes_text(nbytes) for place, nbytes in figures.evicted_nbytes.items()}
@@ -177,3 +172,9 @@ def watch(address: AddressOption = None, json: JsonOption = False) -> None:
         line = f"{event.what} {event.name} {event.place} {nbytes_text(event.nbytes)}"
         sys.stdout.write((json_format.dumps(_plain(event), ensure_ascii=False) if json else line) + "\n")
         sys.stdout.flush()
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "register": register, "forget": forget, "prefetch": prefetch, "pin": pin, "unpin": unpin,
+    "evict": evict, "list": list_models, "stats": stats, "watch": watch,
+}  # fmt: skip

@@ -81,6 +81,10 @@ class Bringer:
         self._moving: set[Arriving] = set()
         self._closed = False
 
+    def busy(self) -> bool:
+        """Whether anything is brought anywhere now."""
+        return self._jobs > 0
+
     def bring(self, entry: Entry, place: str, *, use: bool) -> Lease:
         """A lease on an image that is whole or on its way; `use`: see `Holdings.lease`. Loads of one model begin one after
         another. Raises NoRoomError, StoreError, and what opening the source and starting the transfer raise."""

@@ -21,7 +21,7 @@ from sllm_mini.loading.flow import Flow
 from sllm_mini.loading.plan import Chunk
 from sllm_mini.loading.pool import ChunkPool
 from sllm_mini.loading.reader import Reader
-from sllm_mini.storage.memory import SharedChunk
+from sllm_mini.storage.shared_chunk import SharedChunk
 
 
 def pieces_of(offset: int, nbytes: int, chunk_nbytes: int) -> Iterator[tuple[int, int, int]]:

@@ -10,16 +10,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from sllm_mini import errors
 from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.checkpoint.index import MAX_INDEX_NBYTES, decode_index
 from sllm_mini.device import get_device
 from sllm_mini.device.base import Device
 from sllm_mini.device.cuda import CudaDevice
-from sllm_mini.errors import SllmError, StoreError, WireError
+from sllm_mini.errors import StoreError, WireError
 from sllm_mini.storage import messages
 from sllm_mini.storage.arrivals import Arrivals
 from sllm_mini.storage.attach import Attachment, attach_memory, load_elsewhere
+from sllm_mini.storage.failures import restored
 from sllm_mini.storage.mapping import MappedImage
 from sllm_mini.storage.source import RemoteOptions
 from sllm_mini.types import Progress, ProgressCallback, Tier
@@ -206,13 +206,8 @@ def _expect(answer: messages.Answer, kind: type[_A]) -> _A:
     if isinstance(answer, kind):
         return answer
     if isinstance(answer, messages.Failed):
-        raise _error(answer)
+        raise restored(answer)
     raise StoreError(f"the store answered {type(answer).__name__} where {kind.__name__} was expected; use one version of sllm_mini on both sides")
-
-
-def _error(failed: messages.Failed) -> SllmError:
-    kind = getattr(errors, failed.kind, None)
-    return kind(failed.message) if isinstance(kind, type) and issubclass(kind, SllmError) else StoreError(failed.message)
 
 
 def _index(received: Received[messages.Answer]) -> bytes:

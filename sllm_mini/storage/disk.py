@@ -90,6 +90,10 @@ class DiskCache:
                 found.append(CachedModel(name, path, _occupied(path), used, complete=not hidden, busy=hidden and _is_busy(path)))
         return sorted(found, key=lambda entry: (entry.last_used, entry.name))
 
+    def holds(self, name: str) -> bool:
+        """Whether a whole checkpoint of a name is there; looks no further, and is no use of it."""
+        return (self.folder / _checked(name) / INDEX_FILE).is_file()
+
     def find(self, name: str) -> Checkpoint | None:
         """The whole checkpoint of a name, now the last used one, or None. One whose index or file sizes are wrong is
         removed; wrong bytes are found when it is loaded: then `remove` it and load again."""

@@ -76,6 +76,8 @@ class Filling:
                 os.close(fd)
             raise
         self._missing = sum(len(present) for present in self._present)
+        self.done_nbytes = 0
+        """Bytes of chunks that are there and right."""
         self._lock = lock
 
     @property
@@ -167,6 +169,7 @@ class Filling:
         if not self._present[partition][number]:
             self._present[partition][number] = 1
             self._missing -= 1
+            self.done_nbytes += min(CHUNK_NBYTES, self._index.partitions[partition].file_nbytes - number * CHUNK_NBYTES)
 
     def _digest(self, partition: int, number: int) -> str:
         return self._index.partitions[partition].digests[number * DIGEST_HEX : (number + 1) * DIGEST_HEX]

@@ -15,19 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from sllm_mini.errors import StoreError
+from sllm_mini.errors import NoRoomError, StoreError
 from sllm_mini.eviction import Policy, Resident, Victim, choose_victims, next_clock
 from sllm_mini.storage import messages
 from sllm_mini.storage.attach import Arriving
 from sllm_mini.storage.places import DevicePlace, Dram, Image, Leases
+from sllm_mini.storage.source import redacted
 from sllm_mini.storage.sources import DISK, Version
 
 DRAM = "dram"
 Listener = Callable[[messages.Happened], None]
-
-
-class NoRoomError(StoreError):
-    """A place has no room for a model, whatever is evicted from it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -238,13 +235,14 @@ class Holdings:
             for listener in tuple(self.listeners):  # one may end itself
                 listener(messages.Happened(what, name, place, nbytes))
 
-    def describe(self, entry: Entry) -> messages.Model:
+    def describe(self, entry: Entry, *more: messages.Residence) -> messages.Model:
+        """What is known of a model; `more`: where it is that is no memory."""
         with self.locked():
             found = []
             for held in self.places.values():
                 image = held.get(entry.name)
                 if image is not None:
-                    pinned = held.name in entry.pinned
-                    found.append(messages.Residence(held.name, image.resident_nbytes, image.leases.count, pinned, image.loading))
+                    arrived = image.arriving.progress.done_nbytes if image.loading and image.arriving is not None else image.resident_nbytes
+                    found.append(messages.Residence(held.name, arrived, image.leases.count, held.name in entry.pinned, image.loading))
             index = entry.version.checkpoint.index
-            return messages.Model(entry.name, entry.version.source, index.total_nbytes, len(index.layers), entry.uses, found)
+            return messages.Model(entry.name, redacted(entry.version.source), index.total_nbytes, len(index.layers), entry.uses, [*found, *more])

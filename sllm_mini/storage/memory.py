@@ -1,168 +1,28 @@
-"""Memory that is handed to other processes: chunks that only this process can write, and a pool of them with a budget.
+"""A budget of memory that is handed to other processes, in chunks that only this process can write.
 
-A chunk is an anonymous file (`memfd`), sealed so that nobody who gets its descriptor can write, grow or cut it, not even
-with the store's own user id. A chunk whose descriptor was lent is never used for another model: a late reader of it
-keeps the old bytes, and the kernel frees them with its last mapping. Costs the bytes themselves and one descriptor a
-chunk; fresh memory costs 4 KiB page faults (~0.3 s/GB) or huge ones (a tenth), so `fill` can do that beforehand. Taught
-in chapters 03 and 05.
+A chunk whose descriptor was lent is never used for another model: a late reader of it keeps the old bytes, and the kernel
+frees them with its last mapping. So each load after an eviction has fresh memory to fault in; a `Stock` can do that
+beforehand. Taught in chapters 03 and 05.
+
+What a chunk that was never lent holds when it is used again is another model's bytes, until the new ones arrive, and who
+attaches to a model that still loads can look at them. They are not cleared: zeros would cost 0.1 s/GB before the load may
+begin, or come too late; nobody is told that those bytes are ready; and every client runs as the store's own user, who may
+attach to any of its models anyway. Only what no load will ever write, behind the end of an image, is made zero.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
-import mmap
-import os
 import threading
-import weakref
+from collections import deque
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
 
-from sllm_mini.device.base import ALIGNMENT, Device, Pinned
-from sllm_mini.device.cpu import available_nbytes
-from sllm_mini.errors import DeviceError, OutOfMemoryError, UnsupportedError
-from sllm_mini.storage.mapping import AddressRange
-
-if TYPE_CHECKING:
-    import torch
-
-HugePages = Literal["auto", "hugetlb", "never"]
-"""`auto`: transparent huge pages where the kernel allows them for shared memory. `hugetlb`: pages that somebody reserved
-(vm.nr_hugepages) as long as there are free ones, then as `auto`. `never`: 4 KiB pages."""
+from sllm_mini.device.base import ALIGNMENT, Device
+from sllm_mini.errors import DeviceError, OutOfMemoryError
+from sllm_mini.storage.shared_chunk import HugePages, SharedChunk
+from sllm_mini.storage.stock import Stock
 
 MAX_CHUNK_NBYTES = 256 << 20
-
-_F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1: whoever can write now still can, nobody else ever will
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
-_MADV_HUGEPAGE = 14
-_MADV_NOHUGEPAGE = 15
-
-
-class SharedChunk:
-    """`nbytes` (a multiple of 2 MiB) of shared memory: writable here, by descriptor readable anywhere.
-
-    A `HostBuffer`. `lent` must be set before its descriptor `fd` leaves the process. It has no memory before `back`.
-    Raises OutOfMemoryError when the system gives no descriptor or no huge pages, UnsupportedError where memory cannot
-    be sealed. Safe from several threads, but for `close`.
-    """
-
-    def __init__(self, nbytes: int, *, huge_pages: HugePages = "auto", device: Device | None = None) -> None:
-        self.nbytes = nbytes
-        self.lent = False
-        self.fresh = True
-        """Nothing was ever written into it: it is zero."""
-        self.hugetlb = False
-        self._device = device
-        self._pin: Pinned | None = None
-        self._backing = threading.Lock()
-        self.backed = False
-        """Whether `back` has given it memory."""
-        self._range = AddressRange(nbytes)
-        if huge_pages == "hugetlb":
-            try:
-                self.fd = self._open(os.MFD_HUGETLB | os.MFD_HUGE_2MB)
-                self.hugetlb = True
-            except OutOfMemoryError:
-                self.fd = self._open(0)  # none is free
-        else:
-            self.fd = self._open(0)
-        self._close_fd = weakref.finalize(self, os.close, self.fd)
-        self._close_fd.atexit = False
-        if not self.hugetlb:
-            self._range.advise(_MADV_NOHUGEPAGE if huge_pages == "never" else _MADV_HUGEPAGE)
-
-    def _open(self, flags: int) -> int:
-        """A new memory file, mapped writable here, then sealed."""
-        try:
-            fd = os.memfd_create("sllm-chunk", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
-        except OSError as error:
-            raise OutOfMemoryError(f"the system gave no memory file of {self.nbytes:,} bytes ({error.strerror}); raise the limit on open files (ulimit -n) or use larger chunks") from error
-        try:
-            os.ftruncate(fd, self.nbytes)
-            self._range.map(0, fd, self.nbytes, shared=True)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        except OSError as error:
-            os.close(fd)
-            if error.errno == errno.EINVAL:
-                raise UnsupportedError("this kernel cannot seal memory against other processes' writes; use Linux 5.1 or newer") from error
-            raise OutOfMemoryError(f"the system gave no memory file of {self.nbytes:,} bytes ({error.strerror}); ask for smaller chunks") from error
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-    @property
-    def address(self) -> int:
-        return self._range.address
-
-    @property
-    def view(self) -> memoryview:
-        return self._range.view
-
-    @property
-    def pinned(self) -> bool:
-        return self._pin is not None and self._pin.pinned
-
-    def back(self) -> None:
-        """Gives it memory, and pins that for the GPU if there is one; does nothing the second time. Raises
-        OutOfMemoryError when the host has no more. The GIL is free meanwhile; a second caller waits for the first."""
-        with self._backing:
-            if self.backed:
-                return
-            free = available_nbytes()
-            # Linux promises more than it has: past the last free page comes the out-of-memory killer, not an error.
-            if not self.hugetlb and free and self.nbytes > free:
-                raise OutOfMemoryError(f"the host has {free:,} bytes free and a chunk needs {self.nbytes:,}; free some or give the store a smaller budget")
-            self._range.populate(0, self.nbytes, write=True)
-            if self._device is not None:
-                self._pin = self._device.pin(self.address, self.nbytes)
-            self.backed = True
-
-    def clear(self, offset: int) -> None:
-        """Makes everything from `offset` on zero, unless it still is: what another model left there is not lent."""
-        if not self.fresh and offset < self.nbytes:
-            ctypes.memset(self.address + offset, 0, self.nbytes - offset)
-
-    def kernel_nbytes(self) -> int:
-        """Memory that the kernel says the chunk has."""
-        return os.fstat(self.fd).st_blocks * 512
-
-    def page_nbytes(self) -> int:
-        """The size of the pages it got: 2 MiB if the kernel maps most of it so, else the small size. Reads
-        /proc/self/smaps, which takes milliseconds per GB of the process; 0 if it has no memory yet."""
-        if not self.backed:
-            return 0
-        return ALIGNMENT if self.hugetlb or _huge_nbytes(self.address) * 2 > self.nbytes else mmap.PAGESIZE
-
-    def tensor(self) -> torch.Tensor:
-        return self._range.tensor()
-
-    def close(self) -> None:
-        """Gives up the descriptor, the pin and this object's hold on the memory. The kernel frees the memory once no
-        view of it is left here and no process maps it or holds its descriptor."""
-        pin, self._pin = self._pin, None
-        try:
-            if pin is not None:
-                pin.close()  # before the addresses go
-        finally:
-            self._range.close()
-            self._close_fd()
-
-
-def _huge_nbytes(address: int) -> int:
-    """Bytes of the mapping that starts at `address` which huge pages map; 0 where the kernel does not say."""
-    start, inside, found = f"{address:x}-", False, 0
-    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            name, _, value = line.partition(":")
-            if " " in name:  # the line that opens a mapping, "from-to rwxp …"
-                if inside:
-                    break
-                inside = line.startswith(start)
-            elif inside and name == "ShmemPmdMapped":
-                found += int(value.split()[0]) * 1024
-    return found
 
 
 class SharedPool:
@@ -170,11 +30,17 @@ class SharedPool:
 
     `chunk_nbytes` is a multiple of 2 MiB, by default the power of two that makes 128 to 256 of the budget, at most
     256 MiB. `device`, a GPU, pins each chunk. `huge_pages`: see `HugePages`. Memory is asked for when it is taken and
-    kept when it is given back, except that a chunk that was lent is freed: its bytes are still some reader's. Raises
-    ValueError for a budget smaller than one chunk.
+    kept when it is given back, except that a chunk that was lent is freed: its bytes are still some reader's.
+
+    `backed_nbytes`: of what is free, so much is backed, and pinned, ahead of need by a `Stock`, whenever nothing was taken
+    for a moment and `busy()` is false. It costs that memory while nobody uses it, within the budget, and spares the next
+    load its page faults. Raises ValueError for a budget smaller than one chunk, or for more to be backed than it.
     """
 
-    def __init__(self, budget_nbytes: int, chunk_nbytes: int | None = None, device: Device | None = None, huge_pages: HugePages = "auto") -> None:
+    def __init__(
+        self, budget_nbytes: int, chunk_nbytes: int | None = None, device: Device | None = None, huge_pages: HugePages = "auto",
+        *, backed_nbytes: int = 0, busy: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         if chunk_nbytes is None:
             chunk_nbytes = min(max(1 << (max(budget_nbytes, 1) // 256).bit_length(), ALIGNMENT), MAX_CHUNK_NBYTES)
         if chunk_nbytes <= 0 or chunk_nbytes % ALIGNMENT:
@@ -183,13 +49,18 @@ class SharedPool:
             raise ValueError(f"a budget of {budget_nbytes:,} bytes is smaller than one chunk of {chunk_nbytes:,}; give the pool more or smaller chunks")
         if huge_pages not in ("auto", "hugetlb", "never"):
             raise ValueError(f"huge_pages is {huge_pages!r}; use 'auto', 'hugetlb' or 'never'")
+        if not 0 <= backed_nbytes <= budget_nbytes:
+            raise ValueError(f"{backed_nbytes:,} bytes cannot be backed ahead within a budget of {budget_nbytes:,}; back at most the budget")
         self.budget_nbytes, self.chunk_nbytes = budget_nbytes, chunk_nbytes
+        self._ready_goal = min(-(-backed_nbytes // chunk_nbytes), budget_nbytes // chunk_nbytes)
         self._device, self._huge_pages = device, huge_pages
         self._lock = threading.Lock()
-        self._kept: list[SharedChunk] = []
+        self._kept: deque[SharedChunk] = deque()
+        """Free chunks, those without memory first."""
         self._taken: set[SharedChunk] = set()
         self._making = 0
         self._closed = False
+        self._stock = Stock(self._next_to_back, busy) if self._ready_goal else None
 
     @property
     def used_nbytes(self) -> int:
@@ -202,6 +73,17 @@ class SharedPool:
         """What can still be taken, in whole chunks."""
         with self._lock:
             return (self.budget_nbytes // self.chunk_nbytes - len(self._taken) - self._making) * self.chunk_nbytes
+
+    @property
+    def ready_nbytes(self) -> int:
+        """What can be taken that has its memory already."""
+        with self._lock:
+            return self._ready() * self.chunk_nbytes
+
+    @property
+    def trouble(self) -> str:
+        """Why less is backed ahead than was asked for, if memory was refused; "" otherwise."""
+        return "" if self._stock is None else self._stock.trouble
 
     def kernel_nbytes(self) -> int:
         """What the kernel says the pool's chunks occupy: those taken, once backed, and those kept for the next."""
@@ -222,9 +104,11 @@ class SharedPool:
                 used = len(self._taken) * self.chunk_nbytes
                 raise OutOfMemoryError(f"all {used:,} of {self.budget_nbytes:,} bytes of shared memory are taken; evict a model or raise the budget")
             self._making += 1
+        if self._stock is not None:
+            self._stock.touch()
         try:
             if chunk is None:
-                chunk = SharedChunk(self.chunk_nbytes, huge_pages=self._huge_pages, device=self._device)
+                chunk = self._new_chunk()
             if back:
                 chunk.back()
         except BaseException:
@@ -246,10 +130,13 @@ class SharedPool:
                 raise ValueError("this chunk was not taken from this pool, or was given back already")
             self._taken.remove(chunk)
             chunk.fresh = False
-            if not (chunk.lent or self._closed):
-                self._kept.append(chunk)
-                return
-        chunk.close()
+            kept = not (chunk.lent or self._closed)
+            if kept:
+                (self._kept.append if chunk.backed else self._kept.appendleft)(chunk)
+        if not kept:
+            chunk.close()
+        if self._stock is not None:
+            self._stock.touch()
 
     def fill(self) -> None:
         """Takes the whole budget's memory now, so that no load has to. Raises OutOfMemoryError."""
@@ -262,12 +149,34 @@ class SharedPool:
                 self.give(chunk)
 
     def close(self) -> None:
-        """Frees what is kept now, and what is taken when it is given back."""
+        """Frees what is kept now, and what is taken when it is given back. Waits for at most one chunk to be backed."""
         with self._lock:
             self._closed = True
-            kept, self._kept = self._kept, []
+            kept, self._kept = self._kept, deque()
+        if self._stock is not None:
+            self._stock.close()
         for chunk in kept:
             chunk.close()
+
+    def _new_chunk(self) -> SharedChunk:
+        return SharedChunk(self.chunk_nbytes, huge_pages=self._huge_pages, device=self._device)
+
+    def _ready(self) -> int:
+        return sum(chunk.backed for chunk in self._kept)
+
+    def _next_to_back(self) -> SharedChunk | None:
+        """For the stock: a free chunk without memory, made if the budget has room for one; None if enough have theirs.
+        Whoever takes it before it is backed gets it all the same. Raises what making a chunk raises."""
+        with self._lock:
+            ready = self._ready()
+            if self._closed or ready >= self._ready_goal:
+                return None
+            if ready < len(self._kept):
+                return next(chunk for chunk in reversed(self._kept) if not chunk.backed)
+            if (len(self._taken) + self._making + ready + 1) * self.chunk_nbytes > self.budget_nbytes:
+                return None
+            self._kept.appendleft(self._new_chunk())
+            return self._kept[0]
 
     def __enter__(self) -> SharedPool:
         return self

@@ -81,10 +81,12 @@ Request = Register | Forget | Prefetch | Attach | Pin | Evict | List | Stats | W
 
 
 class Failed(Message, frozen=True):
-    """`kind` is the name of a class of `sllm_mini.errors`."""
+    """`kind` is the name of a class of `sllm_mini.errors`, `path` and `offset` what it carries of a file."""
 
     kind: Name
     message: Text
+    path: Text | None = None
+    offset: Size | None = None
 
 
 class Done(Message, frozen=True):
@@ -97,7 +99,9 @@ class Progressed(Message, frozen=True):
 
 
 class Residence(Message, frozen=True):
-    """What one place holds of a model. `leases` are attachments that live now."""
+    """What one place holds of a model: memory, or the disk cache, where it may lie beside it. `nbytes` are those that are
+    there, while it is `loading` those that have arrived; `leases` are attachments that live now. An interrupted download
+    is not told: its bytes count once their hashes have been compared."""
 
     place: Name
     nbytes: Size
@@ -107,10 +111,11 @@ class Residence(Message, frozen=True):
 
 
 class Model(Message, frozen=True):
-    """A registered model. `nbytes` is its size in memory; `uses` counts attachments."""
+    """A registered model. `nbytes` is its size in memory; `uses` counts attachments. Credentials in the address of its
+    `source` are shown as ***."""
 
     name: Name
-    source: Source
+    source: Text
     nbytes: Size
     layers: Number
     uses: Number
@@ -122,12 +127,16 @@ class Models(Message, frozen=True):
 
 
 class Place(Message, frozen=True):
-    """A place's budget and use. `kernel_nbytes` is what the system says that it holds (the device's driver does not)."""
+    """A place's budget and use. `kernel_nbytes` is what the system says that it holds (the device's driver does not): what
+    is used, as far as it has its memory, and the `ready_nbytes` that nobody uses and that are backed for the next load.
+    `trouble` says why fewer are than were asked for, if memory was refused."""
 
     place: Name
     budget_nbytes: Size
     used_nbytes: Size
     kernel_nbytes: Size | None
+    ready_nbytes: Size = 0
+    trouble: Text = ""
 
 
 class Figures(Message, frozen=True):
@@ -161,7 +170,9 @@ class DeviceImage(Message, frozen=True):
 
 
 class Elsewhere(Message, frozen=True):
-    """There is no room for the model, for the `reason` given: the client loads it itself from the source."""
+    """There is no room for the model, for the `reason` given: the client loads it itself from the source. That is the one
+    answer with the credentials of an address, if it was registered with some, since the client must use them; it is never
+    shown."""
 
     source: Source
     reason: Text

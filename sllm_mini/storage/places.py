@@ -21,7 +21,8 @@ from sllm_mini.loading.reader import HasReaders
 from sllm_mini.storage.arrivals import Arrivals
 from sllm_mini.storage.attach import Arriving
 from sllm_mini.storage.chunks import FromChunks, IntoChunks
-from sllm_mini.storage.memory import SharedChunk, SharedPool
+from sllm_mini.storage.memory import SharedPool
+from sllm_mini.storage.shared_chunk import SharedChunk
 
 
 @dataclass(eq=False, slots=True)
@@ -33,7 +34,7 @@ class Leases:
 
 @dataclass(eq=False, slots=True)
 class Image:
-    """What a place holds of one model. `resident_nbytes` is the prefix that is there; while `loading`, what is to be."""
+    """What a place holds of one model. `resident_nbytes` is the prefix that is there; while `loading`, the one that was there before."""
 
     checkpoint: Checkpoint
     resident_nbytes: int = 0
@@ -75,6 +76,14 @@ class Dram:
     @property
     def kernel_nbytes(self) -> int:
         return self.pool.kernel_nbytes()
+
+    @property
+    def ready_nbytes(self) -> int:
+        return self.pool.ready_nbytes
+
+    @property
+    def trouble(self) -> str:
+        return self.pool.trouble
 
     def names(self) -> list[str]:
         return list(self._images)
@@ -140,6 +149,8 @@ class DevicePlace:
 
     granule_nbytes = ALIGNMENT
     kernel_nbytes = None
+    ready_nbytes = 0
+    trouble = ""
 
     def __init__(self, device: Device, budget_nbytes: int) -> None:
         self.name = device.name

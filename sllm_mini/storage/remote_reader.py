@@ -121,7 +121,7 @@ def read_whole(source: Source, file: str, limit_nbytes: int, options: RemoteOpti
 
 class RemoteReader:
     """A reader of one partition, as `loading` wants it. `stopped` says that the load has ended, so that attempts end
-    within a tenth of a second (a request under way within `timeout_seconds`). Safe from several threads until closed."""
+    within a second, a request under way to an HTTP address included (another within `timeout_seconds`). Safe from several threads until closed."""
 
     fd = -1
     verified = True

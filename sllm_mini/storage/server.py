@@ -20,6 +20,7 @@ from sllm_mini.device.cuda_memory import DeviceMemory
 from sllm_mini.errors import SllmError, StoreError, WireError
 from sllm_mini.storage import messages
 from sllm_mini.storage.attach import Arriving
+from sllm_mini.storage.failures import failure
 from sllm_mini.storage.holdings import DRAM, Lease
 from sllm_mini.storage.lending import duplicate
 from sllm_mini.storage.store import Store
@@ -229,9 +230,3 @@ def _send(channel: RequestChannel, answer: messages.Answer) -> None:
 
 def _progressed(progress: Progress) -> messages.Progressed:
     return messages.Progressed(progress.done_nbytes, progress.total_nbytes)
-
-
-def failure(error: BaseException) -> messages.Failed:
-    """An error as a message: its class, if the client has that too, and its sentence."""
-    kind = type(error).__name__ if isinstance(error, SllmError) else "StoreError"
-    return messages.Failed(kind, str(error)[:8000])

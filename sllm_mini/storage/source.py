@@ -6,15 +6,19 @@ No error names a query, a user or a password, and none is chained to one that do
 
 from __future__ import annotations
 
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 from sllm_mini.errors import LoadCancelled, RemoteError
 
 _T = TypeVar("_T")
+_USER = re.compile(r"://[^/]*@")
+"""Up to the last @ before a path: a password may hold anything but a slash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +68,39 @@ class Source(Protocol):
 
 
 def shown(url: str) -> str:
-    """An address without what may be secret: user, password, query and fragment."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")).rstrip("/") if parts.netloc else url.rstrip("/")
+    """An address without what may be secret, user, password, query and fragment, that names of files can be put behind.
+    Whatever it chains: simplecache::https://… too."""
+    return _USER.sub("://", url).partition("?")[0].partition("#")[0].rstrip("/")
+
+
+def redacted(url: str) -> str:
+    """An address as it is told to others: that it has a user, a password or a query is seen, and not which. A path is
+    itself."""
+    if "://" not in url:
+        return url
+    place, query, _ = _USER.sub("://***@", url).partition("?")
+    return place.partition("#")[0] + ("?***" if query else "")
 
 
 def never() -> bool:
     return False
+
+
+_asking = threading.local()
+
+
+def unwanted() -> bool:
+    """Whether nobody waits any more for what this thread is asking a remote for, in an `attempt`."""
+    return bool(getattr(_asking, "stopped", never)())
+
+
+@contextmanager
+def _asking_until(stopped: Callable[[], bool]) -> Iterator[None]:
+    _asking.stopped = stopped
+    try:
+        yield
+    finally:
+        del _asking.stopped
 
 
 def attempt(
@@ -92,9 +122,12 @@ def attempt(
 
     while True:
         try:
-            return work(arrived)
+            with _asking_until(stopped):
+                return work(arrived)
         except Interrupted as error:
             reason = str(error)
+        if stopped():
+            raise LoadCancelled("the load has ended", path=place)
         left = last + options.deadline_seconds - time.monotonic()
         if left <= 0:
             raise RemoteError(

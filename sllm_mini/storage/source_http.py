@@ -137,12 +137,15 @@ class HttpSource:
     def _pool(self, url: str) -> urllib3.PoolManager:
         import urllib3
 
+        from sllm_mini.storage.interruptible import POOLS
+
         parts = urlsplit(url)
         proxy = None if urllib.request.proxy_bypass(parts.hostname or "") else urllib.request.getproxies().get(parts.scheme)
         with self._lock:
             if proxy not in self._pools:
                 size = self._options.connections
                 self._pools[proxy] = urllib3.PoolManager(maxsize=size) if proxy is None else urllib3.ProxyManager(proxy, maxsize=size)
+                self._pools[proxy].pool_classes_by_scheme = POOLS
             return self._pools[proxy]
 
 

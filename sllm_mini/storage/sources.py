@@ -6,6 +6,7 @@ model never becomes a mixture of two. Taught in chapter 03.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -13,11 +14,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from sllm_mini.checkpoint.directory import Checkpoint, open_checkpoint
 from sllm_mini.checkpoint.index import INDEX_FILE
 from sllm_mini.errors import StoreError, WriteError
 from sllm_mini.storage.disk import DiskCache
+from sllm_mini.storage.filling import Filling, lock_folder
 from sllm_mini.storage.remote import RemoteCheckpoint, open_remote
 from sllm_mini.storage.source import RemoteOptions
 
@@ -53,18 +56,36 @@ class Origin:
 
 
 class Sources:
-    """Opens sources. `cache` is None for a store without a disk budget. Safe from several threads, one per model."""
+    """Opens sources. `cache` is None for a store without a disk budget. Safe from several threads, one per model.
+
+    Until `close`, or the end of the process, `folder` is this store's alone: two would remove what the other is reading. The
+    kernel keeps that lock, so none is left by a crash. Raises StoreError if another store has it, WriteError if it cannot
+    be made."""
 
     def __init__(self, folder: Path, cache: DiskCache | None, options: RemoteOptions) -> None:
         self.cache = cache
         self._folder, self._options = folder / "remote", options
-        for left in self._folder.glob(".opened-*"):
-            with suppress(ValueError, OSError):
-                if not _is_alive(int(left.name.split("-")[1])):  # a store that was killed
-                    shutil.rmtree(left)
+        self._fillings: WeakValueDictionary[str, Filling] = WeakValueDictionary()
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise WriteError(f"no folder can be made there: {error.strerror}", path=self._folder) from error
+        self._lock = lock_folder(self._folder)
+        if self._lock is None:
+            raise StoreError(f"another store works in {folder}; ask that one, close it, or give this one a folder of its own")
+        for left in self._folder.glob(".opened-*"):  # by a store that was killed
+            shutil.rmtree(left, ignore_errors=True)
+
+    def close(self) -> None:
+        """Lets another store have the folder. May be called twice."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a child that was forked has the descriptor too
+            os.close(lock)
 
     def look(self, name: str, source: str) -> Version:
-        """Reads the index of a source. Raises what `open_checkpoint` and `open_remote` raise."""
+        """Reads the index of a source. Raises what `open_checkpoint` and `open_remote` raise, StoreError once closed."""
+        self._require_open()
         if "://" not in source:
             return Version(source, open_checkpoint(source))
         origin = Origin(remote := self._open_remote(source), REMOTE)
@@ -95,7 +116,10 @@ class Sources:
             lacking = self.cache.lacking_nbytes(remote.index, version.cache_name)
             if lacking:
                 make_room(lacking)
-            return Origin(remote, REMOTE, remote.fill_cache(self.cache))
+            uncached = remote.fill_cache(self.cache)
+            if remote.remote.filling is not None:
+                self._fillings[version.cache_name] = remote.remote.filling
+            return Origin(remote, REMOTE, uncached)
         except BaseException:
             Origin(remote, REMOTE).close()
             raise
@@ -108,20 +132,34 @@ class Sources:
     def is_cached(self, version: Version) -> bool:
         return self.cache is not None and self.cache.find(version.cache_name) is not None
 
+    def on_disk(self, version: Version) -> tuple[int, bool] | None:
+        """The bytes that the disk cache has of it, and whether more are coming; None if it has none."""
+        if self.cache is None or not version.cache_name:
+            return None
+        filling = self._fillings.get(version.cache_name)
+        if filling is not None and filling.reason is None:
+            return filling.done_nbytes, True
+        return (version.checkpoint.nbytes, False) if self.cache.holds(version.cache_name) else None
+
     def forget(self, version: Version, *, companions: bool = False) -> int:
-        """Drops what the disk cache has of it, and returns the bytes; with `companions` also what registering it kept."""
+        """Drops what the disk cache has of it, and returns the bytes; with `companions` also what registering it kept.
+        Raises StoreError once closed."""
+        self._require_open()
         if not version.cache_name:
             return 0
         if companions:
             shutil.rmtree(version.checkpoint.path, ignore_errors=True)
         return 0 if self.cache is None else self.cache.remove(version.cache_name)
 
+    def _require_open(self) -> None:
+        if self._lock is None:
+            raise StoreError("the store is closed; open it again")
+
     def _open_remote(self, url: str, known: Path | None = None) -> RemoteCheckpoint:
         """Opens it in a hidden folder of its own, which `Origin.close` removes. What a version that is registered has of its
         companions is not read again."""
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".opened-{os.getpid()}-", dir=self._folder))
+            folder = Path(tempfile.mkdtemp(prefix=".opened-", dir=self._folder))
         except OSError as error:
             raise WriteError(f"no folder can be made there: {error.strerror}", path=self._folder) from error
         try:
@@ -142,16 +180,6 @@ def _rename(folder: Path, target: Path) -> None:
         if target.is_dir():
             raise FileExistsError(os.fspath(target)) from None
         raise WriteError(f"it cannot be kept there: {error.strerror}", path=target) from error
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # another user's
-    return True
 
 
 def _same(found: Checkpoint, version: Version, name: str) -> Checkpoint:

@@ -18,16 +18,17 @@ from types import TracebackType
 
 from sllm_mini.device import get_device
 from sllm_mini.device.base import Device
-from sllm_mini.errors import StoreError
+from sllm_mini.errors import NoRoomError, StoreError
 from sllm_mini.eviction import POLICIES, Policy
 from sllm_mini.storage import messages
 from sllm_mini.storage.attach import Attachment, load_elsewhere
 from sllm_mini.storage.bringing import Bringer, follow
 from sllm_mini.storage.disk import DiskCache
-from sllm_mini.storage.holdings import DRAM, Entry, Holdings, Lease, Listener, NoRoomError
+from sllm_mini.storage.holdings import DRAM, Entry, Holdings, Lease, Listener
 from sllm_mini.storage.lending import attach_lease
-from sllm_mini.storage.memory import HugePages, SharedPool
+from sllm_mini.storage.memory import SharedPool
 from sllm_mini.storage.places import DevicePlace, Dram
+from sllm_mini.storage.shared_chunk import HugePages
 from sllm_mini.storage.source import RemoteOptions
 from sllm_mini.storage.sources import DISK, Sources
 from sllm_mini.types import ProgressCallback
@@ -36,12 +37,13 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 
 
 class Store:
-    """See the module. `folder` is the store's own; budgets are bytes, and a place without one is not used.
+    """See the module. `folder` is the store's own until it is closed; budgets are bytes, and a place without one is not used.
 
-    `device_nbytes` maps a GPU ("cuda:0", or the device itself) to its budget. `policy`: a name of `eviction.POLICIES` or a
-    policy. `chunk_nbytes`, `huge_pages`: see `SharedPool`. Raises ValueError for a budget smaller than one chunk or an
-    unknown policy, WriteError for a folder that cannot be used. Safe from several threads. As a context manager it closes
-    itself.
+    `backed_nbytes`: of DRAM that is free, so much is backed (and pinned, where there is a GPU) while nothing is loaded, so
+    that the next load does not stop for page faults; it is held though nobody uses it. `device_nbytes` maps a GPU
+    ("cuda:0", or the device itself) to its budget. `policy`: a name of `eviction.POLICIES` or a policy. `chunk_nbytes`,
+    `huge_pages`: see `SharedPool`. Raises ValueError for a budget smaller than one chunk or an unknown policy, WriteError for
+    a folder that cannot be used, StoreError for one in which another store works. Safe from several threads. As a context manager it closes itself.
 
         with Store("/var/cache/sllm", dram_nbytes=8 << 30) as store:
             store.register("llama", "llama.sllm")
@@ -54,6 +56,7 @@ class Store:
         folder: str | os.PathLike[str],
         *,
         dram_nbytes: int = 0,
+        backed_nbytes: int = 0,
         disk_nbytes: int = 0,
         device_nbytes: Mapping[str | Device, int] | None = None,
         policy: str | Policy = "gdsf",
@@ -63,19 +66,22 @@ class Store:
     ) -> None:
         if isinstance(policy, str) and policy not in POLICIES:
             raise ValueError(f"there is no policy {policy!r}; choose one of {', '.join(POLICIES)}")
+        devices = [(get_device(device), nbytes) for device, nbytes in (device_nbytes or {}).items()]
+        if any(device.is_host for device, _ in devices):
+            raise ValueError("the CPU's memory is the place 'dram'; give its budget as dram_nbytes")
         self.folder = Path(os.path.abspath(folder))
         self._holdings = Holdings(POLICIES[policy] if isinstance(policy, str) else policy)
         self._remote = remote or RemoteOptions()
         self._sources = Sources(self.folder, DiskCache(self.folder / "models", disk_nbytes) if disk_nbytes else None, self._remote)
         self._bringer = Bringer(self._holdings, self._sources)
-        devices = [(get_device(device), nbytes) for device, nbytes in (device_nbytes or {}).items()]
-        if any(device.is_host for device, _ in devices):
-            raise ValueError("the CPU's memory is the place 'dram'; give its budget as dram_nbytes")
         places = self._holdings.places
         try:
             if dram_nbytes:
                 # Whichever GPU pins it, it is pinned for all GPUs of the process.
-                places[DRAM] = Dram(SharedPool(dram_nbytes, chunk_nbytes, next((device for device, _ in devices), None), huge_pages))
+                gpu = next((device for device, _ in devices), None)
+                places[DRAM] = Dram(SharedPool(dram_nbytes, chunk_nbytes, gpu, huge_pages, backed_nbytes=backed_nbytes, busy=self._bringer.busy))
+            elif backed_nbytes:
+                raise ValueError("backed_nbytes is a part of dram_nbytes, which is 0; give both")
             for device, nbytes in devices:
                 places[device.name] = DevicePlace(device, nbytes)
         except BaseException:
@@ -97,7 +103,7 @@ class Store:
                 self._drop(old)
             entry = self._holdings.entries.setdefault(name, Entry(name, version))
             entry.version = version
-            return self._holdings.describe(entry)
+            return self._describe(entry)
 
     def forget(self, name: str) -> None:
         """Evicts a model everywhere, the disk cache included, and drops its name. Raises StoreError while it is in use."""
@@ -113,13 +119,22 @@ class Store:
     def models(self) -> list[messages.Model]:
         """What is registered, and what each place holds of it."""
         with self._holdings.locked():
-            return [self._holdings.describe(entry) for entry in self._holdings.entries.values()]
+            return [self._describe(entry) for entry in self._holdings.entries.values()]
+
+    def _describe(self, entry: Entry) -> messages.Model:
+        found = self._sources.on_disk(entry.version)
+        if found is None:
+            return self._holdings.describe(entry)
+        return self._holdings.describe(entry, messages.Residence(DISK, found[0], 0, DISK in entry.pinned, found[1]))
 
     def stats(self) -> messages.Figures:
         """Budgets, use and counters; see `messages.Figures`."""
         with self._holdings.locked():
             known = self._holdings
-            found = [messages.Place(place.name, place.budget_nbytes, place.used_nbytes, place.kernel_nbytes) for place in known.places.values()]
+            found = [
+                messages.Place(place.name, place.budget_nbytes, place.used_nbytes, place.kernel_nbytes, place.ready_nbytes, place.trouble)
+                for place in known.places.values()
+            ]
             counters = dict(known.attached), dict(known.moved), dict(known.evicted)
         cache = self._sources.cache
         if cache is not None:
@@ -208,6 +223,7 @@ class Store:
         with self._holdings.locked():
             while self._holdings.places:
                 self._holdings.places.popitem()[1].close()
+            self._sources.close()
 
     def __enter__(self) -> Store:
         return self

@@ -9,15 +9,11 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def always_one_torch_thread(one_torch_thread: None) -> None:
+    """Here it is for all."""
 
 
 @pytest.fixture(autouse=True, scope="module")

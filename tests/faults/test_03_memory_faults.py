@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from store_process import eventually
 
 from sllm_mini.checkpoint import Checkpoint, WriteOptions, open_checkpoint, save_checkpoint
 from sllm_mini.checkpoint.hashing import CHUNK_NBYTES
@@ -29,10 +31,11 @@ from sllm_mini.loading import ChunkPool, LoadOptions
 from sllm_mini.loading.flow import Flow
 from sllm_mini.loading.pipeline import Pipeline
 from sllm_mini.loading.plan import plan_load
-from sllm_mini.storage import memory
+from sllm_mini.storage import shared_chunk, stock
 from sllm_mini.storage.chunks import FromChunks, IntoChunks
 from sllm_mini.storage.mapping import AddressRange, MappedImage
-from sllm_mini.storage.memory import SharedChunk, SharedPool
+from sllm_mini.storage.memory import SharedPool
+from sllm_mini.storage.shared_chunk import SharedChunk
 
 from .tools import in_child, large_tensors, nothing_left, refused, start_child, wait_for
 
@@ -231,6 +234,8 @@ def test_memory_that_was_closed_says_so() -> None:
         ({"budget_nbytes": 3 * SMALL, "chunk_nbytes": SMALL + 4096}, "positive multiple"),
         ({"budget_nbytes": 3 * SMALL, "chunk_nbytes": 0}, "positive multiple"),
         ({"budget_nbytes": 3 * SMALL, "huge_pages": "always"}, "huge_pages is 'always'"),
+        ({"budget_nbytes": 3 * SMALL, "backed_nbytes": 3 * SMALL + 1}, "back at most the budget"),
+        ({"budget_nbytes": 3 * SMALL, "backed_nbytes": -1}, "back at most the budget"),
     ],
 )
 def test_a_pool_that_can_hold_nothing_is_refused(arguments: dict[str, Any], says: str) -> None:
@@ -256,7 +261,7 @@ def test_the_last_bytes_go_to_one_of_two_and_the_next_request_works() -> None:
 def test_a_host_without_memory_is_asked_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with SharedPool(4 * SMALL, SMALL) as pool:
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "available_nbytes", lambda: SMALL - 1)
+            patch.setattr(shared_chunk, "available_nbytes", lambda: SMALL - 1)
             with refused(OutOfMemoryError, None, "free"):
                 pool.take()
             unbacked = pool.take(back=False)
@@ -265,6 +270,30 @@ def test_a_host_without_memory_is_asked_for_none(monkeypatch: pytest.MonkeyPatch
         assert pool.used_nbytes == SMALL and pool.kernel_nbytes() == 0
         unbacked.back()
         pool.give(unbacked)
+
+
+def test_memory_that_a_stock_is_refused_is_told_and_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stock, "RETRY_SECONDS", 0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_chunk, "available_nbytes", lambda: SMALL - 1)
+        with SharedPool(2 * SMALL, SMALL, backed_nbytes=2 * SMALL) as pool:
+            eventually(lambda: pool.trouble)
+            assert "the host has 2,097,151 bytes free" in pool.trouble and pool.ready_nbytes == 0 == pool.used_nbytes == pool.kernel_nbytes()
+            with refused(OutOfMemoryError, None, "free"):
+                pool.take()
+            patch.undo()
+            eventually(lambda: pool.ready_nbytes == 2 * SMALL)
+            eventually(lambda: pool.trouble == "")
+            pool.give(pool.take())
+
+
+def test_without_a_thread_no_stock_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with refused(OutOfMemoryError, None, "can't start new thread", "or back none"):
+        SharedPool(2 * SMALL, SMALL, backed_nbytes=SMALL)
 
 
 def test_too_few_descriptors_are_said() -> None:
@@ -389,7 +418,7 @@ def test_no_memory_in_the_middle_of_a_load_ends_it(checkpoint: Checkpoint, monke
     with SharedPool(16 * SMALL, SMALL) as pool:
         shared = [pool.take(back=False) for _ in range(-(-checkpoint.index.total_nbytes // SMALL))]
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "available_nbytes", lambda: 1 if sum(chunk.backed for chunk in shared) > 2 else 1 << 40)
+            patch.setattr(shared_chunk, "available_nbytes", lambda: 1 if sum(chunk.backed for chunk in shared) > 2 else 1 << 40)
             error = load_into(shared, checkpoint)
         assert isinstance(error, OutOfMemoryError) and pool.kernel_nbytes() < pool.used_nbytes
         assert load_into(shared, checkpoint) is None and pool.kernel_nbytes() == pool.used_nbytes

@@ -16,8 +16,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import range_server
@@ -30,6 +32,8 @@ from sllm_mini.loading.load import start_load
 from sllm_mini.storage import filling
 from sllm_mini.storage.disk import DiskCache
 from sllm_mini.storage.remote import RemoteCheckpoint, RemoteOptions, open_remote
+from sllm_mini.storage.source import fetch, redacted, shown
+from sllm_mini.storage.source_http import HttpSource
 
 from .tools import reseal, start_child, wait_for
 
@@ -153,6 +157,102 @@ def test_a_load_that_has_ended_does_not_go_on_trying(server: RangeServer, model:
             reader.read(memoryview(bytearray(4096)), 0, cached=False)
         assert time.monotonic() - began < 5
         reader.close()
+
+
+@pytest.mark.parametrize("at", ["its first byte", "its middle"])
+def test_a_load_that_has_ended_does_not_wait_for_a_silent_server(
+    server: RangeServer, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    ended, over, asked = threading.Event(), threading.Event(), threading.Event()
+    options = RemoteOptions(timeout_seconds=30, deadline_seconds=100)
+    with open_remote(f"{server.url}/{model.name}", tmp_path / "small", options=options) as remote:
+
+        def hang() -> None:
+            asked.set()
+            over.wait(60)
+
+        if at == "its first byte":
+            server.before = [hang]
+        else:
+            send = server._send
+            server.cut_after = [MIB + 5]
+
+            def send_and_hang(*args: Any) -> None:
+                send(*args)
+                hang()
+
+            monkeypatch.setattr(server, "_send", send_and_hang)
+        reader = remote.open_reader(0, stopped=ended.is_set)
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(reader.read, memoryview(bytearray(2 * MIB)), 0)
+            assert asked.wait(10)
+            began = time.monotonic()
+            ended.set()
+            try:
+                with pytest.raises(LoadCancelled, match="has ended"):
+                    reading.result(10)
+            finally:
+                over.set()
+        assert time.monotonic() - began < 5
+        reader.close()
+
+
+def test_a_load_that_has_ended_does_not_wait_to_be_connected() -> None:
+    ended = threading.Event()
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        clients = [socket.socket() for _ in range(4)]
+        for client in clients:  # the kernel answers nobody else
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        options = RemoteOptions(timeout_seconds=30, deadline_seconds=100)
+        source = HttpSource(f"http://127.0.0.1:{full.getsockname()[1]}", lambda _: f"http://127.0.0.1:{full.getsockname()[1]}/f", {}, options)
+        threading.Timer(0.3, ended.set).start()
+        began = time.monotonic()
+        with pytest.raises(LoadCancelled, match="has ended"):
+            fetch(source, "f", 0, memoryview(bytearray(10)), 10, options, stopped=ended.is_set)
+        assert time.monotonic() - began < 5
+        source.close()
+        for client in clients:
+            client.close()
+
+
+def test_a_silent_server_is_given_its_whole_timeout(server: RangeServer, model: Path, tmp_path: Path) -> None:
+    """Looking up now and then is not giving up: an answer after two looks still counts, and no answer ends in one attempt."""
+    options = RemoteOptions(timeout_seconds=1.6, deadline_seconds=1.5)
+    with open_remote(f"{server.url}/{model.name}", tmp_path / "small", options=options) as remote:
+        reader = remote.open_reader(0)
+        before = len(server.asked)
+        server.before = [lambda: time.sleep(1.2)]
+        reader.read(memoryview(bytearray(2 * MIB)), 0)
+        assert len(server.asked) == before + 1 and remote.traffic.interruptions == 0
+        over = threading.Event()
+        server.before = [lambda: over.wait(20)] * 9
+        with told(RemoteError, f"{remote.url}/data-00000.bin", "nothing came for 1.5 seconds (ReadTimeoutError"):
+            reader.read(memoryview(bytearray(2 * MIB)), 0)
+        over.set()
+        reader.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "bare", "told_as"),
+    [
+        ("https://host/a/b", "https://host/a/b", "https://host/a/b"),
+        ("https://me:se@cret@host:8/a?token=secret#x", "https://host:8/a", "https://***@host:8/a?***"),
+        ("https://me:se?cr#et@host/a", "https://host/a", "https://***@host/a"),
+        ("simplecache::https://me:secret@host/a/?t=secret", "simplecache::https://host/a", "simplecache::https://***@host/a/?***"),
+        ("s3://bucket/a#secret", "s3://bucket/a", "s3://bucket/a"),
+        ("hf://owner/repo@main/a", "hf://owner/repo@main/a", "hf://owner/repo@main/a"),
+        ("file:///a@b/c@d/e", "file:///a@b/c@d/e", "file:///a@b/c@d/e"),
+    ],
+)
+def test_what_is_shown_of_an_address(url: str, bare: str, told_as: str) -> None:
+    assert (shown(url), redacted(url)) == (bare, told_as)
+
+
+def test_a_folder_is_shown_as_it_is() -> None:
+    assert redacted("/models/what?/a#b@c") == "/models/what?/a#b@c"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import pytest
 from store_process import PATIENT, StoreProcess, eventually
 from test_03_store import (
     CHUNK,
+    HASTY,
     MIB,
     PARTITIONS,
     GatedServer,
@@ -77,9 +78,6 @@ def remote(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     shutil.copytree(models, tmp_path / "served")
     with GatedServer(tmp_path / "served") as found:
         yield found
-
-
-HASTY = RemoteOptions(timeout_seconds=2, deadline_seconds=1, backoff_seconds=0.01)
 
 
 @contextmanager
@@ -443,8 +441,7 @@ def test_a_client_that_stops_reading_is_given_up(tmp_path: Path, models: Path, m
 
 
 def test_closing_a_server_does_not_wait_for_its_clients_loads(tmp_path: Path, remote: GatedServer) -> None:
-    # A request under way is waited for, and no longer than its timeout.
-    with embedded(tmp_path, RemoteOptions(timeout_seconds=3, deadline_seconds=30), disk_nbytes=64 * MIB) as store:
+    with embedded(tmp_path, disk_nbytes=64 * MIB) as store:
         for name in "ab":
             store.register(name, f"{remote.url}/{name}")
         server = StoreServer(store, tmp_path / "socket").__enter__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -17,15 +18,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from processes import PATIENCE, children_of, is_gone, on_the_path
 
 from sllm_mini.cluster import Child, ForkOptions, Zygote, ZygoteError, fork_from
 from sllm_mini.cluster import zygote_process as process_module
 from sllm_mini.cluster.zygote_messages import Begin, Exited, Failed, Fork, Forked, Signal
 from sllm_mini.errors import WireError
 from sllm_mini.wire import Channel, Message, connect
-
-PATIENCE = 60.0
-"""Seconds after which a thing that should happen at once counts as never; no test measures with it."""
 
 WORKER = """
 import os, resource, sys, time
@@ -66,11 +65,8 @@ GIVE, SLEEP, ESCAPE, STOP = ENTRIES
 
 @pytest.fixture(scope="module", autouse=True)
 def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("worker")
-    (folder / "zygote_faults_worker.py").write_text(WORKER)
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
+    with on_the_path(tmp_path_factory.mktemp("worker"), "zygote_faults_worker", WORKER) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -108,25 +104,16 @@ def is_live(place: Path) -> bool:
     return True
 
 
-def is_gone(pid: int) -> bool:
-    """Waits until the process has ended; whoever inherits an orphan may take its time to collect it."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.01)
-    return False
+def is_serving(zygote: Zygote) -> bool:
+    with zygote.fork(GIVE, 3) as child:
+        return child.wait(PATIENCE) == 3
 
 
 def is_well(zygote: Zygote) -> bool:
     """The zygote serves, and soon has no child left."""
-    with zygote.fork(GIVE, 3) as child:
-        served = child.wait(PATIENCE) == 3
+    served = is_serving(zygote)
     deadline = time.monotonic() + PATIENCE
-    while Path(f"/proc/{zygote.pid}/task/{zygote.pid}/children").read_text().split():
+    while children_of(zygote.pid):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
@@ -258,20 +245,27 @@ def test_a_child_that_left_its_group_ends_too(mortal: Zygote) -> None:
     os.killpg(group, signal.SIGKILL)  # what it started itself is its own affair
 
 
+def test_a_signal_reaches_a_child_that_left_its_group(zygote: Zygote) -> None:
+    with zygote.fork(ESCAPE) as child:
+        deadline = time.monotonic() + PATIENCE
+        while os.getpgid(child.pid) == child.pid and time.monotonic() < deadline:
+            time.sleep(0.01)
+        others = os.getpgid(child.pid)
+        child.signal(signal.SIGTERM)
+        assert child.wait(PATIENCE) == -signal.SIGTERM
+    os.kill(others, signal.SIGKILL)  # what a child started elsewhere is its own to end
+    assert is_well(zygote)
+
+
 def test_a_child_that_stops_is_not_taken_for_one_that_ended(zygote: Zygote) -> None:
     with zygote.fork(STOP) as child:
         deadline = time.monotonic() + PATIENCE
         while " T " not in Path(f"/proc/{child.pid}/stat").read_text() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert child.poll() is None
-        assert is_well_beside(zygote)
+        assert is_serving(zygote)
         child.signal(signal.SIGCONT)
         assert child.wait(PATIENCE) == 0
-
-
-def is_well_beside(zygote: Zygote) -> bool:
-    with zygote.fork(GIVE, 4) as child:
-        return child.wait(PATIENCE) == 4
 
 
 # The socket's path
@@ -322,6 +316,15 @@ def test_an_import_that_takes_for_ever_is_ended() -> None:
         Zygote(["zygote_faults_worker:dawdle"], timeout=0.5)
 
 
+def test_a_process_out_of_descriptors_starts_none_and_leaves_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(socket, "socketpair", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        Zygote([])
+
+
 def test_a_name_that_is_no_name_is_refused_before_anything_starts() -> None:
     with pytest.raises(WireError, match="Begin breaks its own schema"):
         Zygote([""])
@@ -355,6 +358,15 @@ def test_closed_descriptors_are_refused(zygote: Zygote, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="closed file"):
         zygote.fork(GIVE, options=ForkOptions(stdin=null))
     assert is_well(zygote)
+
+
+def test_a_process_without_standard_streams_forks(zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(os.devnull, "w") as closed:
+        pass
+    monkeypatch.setattr(sys, "stdout", closed)
+    monkeypatch.setattr(sys, "stderr", None)  # as pythonw and some daemons have it
+    with zygote.fork(GIVE, 3) as child:
+        assert child.wait(PATIENCE) == 3
 
 
 def test_a_child_whose_reader_is_gone_still_ends(zygote: Zygote) -> None:
