@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 from types import MappingProxyType
 
 
@@ -37,6 +38,8 @@ class Resident:
             raise ValueError(f"{self.name} has {self.nbytes} bytes and cannot give up {self.evictable_nbytes}; give 0 up to all of them")
         if not (self.uses >= 0 and self.cost_seconds >= 0):  # so that a NaN is refused too: it has no place in an order
             raise ValueError(f"{self.name} was used {self.uses} times and costs {self.cost_seconds} seconds; neither may be negative")
+        if isnan(self.last_used) or isnan(self.clock):
+            raise ValueError(f"{self.name} was last used at {self.last_used}, at clock {self.clock}; give numbers, which have an order")
 
 
 @dataclass(frozen=True, slots=True)

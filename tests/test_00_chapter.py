@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -181,6 +182,14 @@ def test_a_room_stands_as_soon_as_its_module_exists(monkeypatch: pytest.MonkeyPa
 def test_a_chapter_leaves_it_to_the_house_what_stands(path: Path) -> None:
     code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
     assert "draw_house(lit=" in code and "standing" not in code
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_every_link_of_the_contents_has_its_heading(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    links = re.findall(r"\]\(#([^\n]*?)\)(?: ·|\n|$)", cells[0].source)
+    headings = [line[3:].strip().replace(" ", "-") for cell in cells for line in cell.source.splitlines() if line.startswith("## ")]
+    assert len(links) >= 5 and sorted(links) == sorted(headings)
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)

@@ -279,10 +279,3 @@ def test_the_defects_table_names_tests_that_exist() -> None:
     named = set(re.findall(r"`(test_defect_\w+)`", text))
     source = (Path(__file__).parent / "test_01_defects.py").read_text(encoding="utf-8")
     assert len(named) == 7 and named <= set(re.findall(r"def (test_defect_\w+)\(", source))
-
-
-def test_every_link_of_the_contents_has_its_heading() -> None:
-    cells = nbformat.read(CHAPTER, as_version=4).cells
-    links = re.findall(r"\]\(#([^\n]*?)\)(?: ·|\n|$)", cells[0].source)
-    headings = {line[3:].strip().replace(" ", "-") for cell in cells for line in cell.source.splitlines() if line.startswith("## ")}
-    assert len(links) == 7 and set(links) <= headings

@@ -7,7 +7,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import Run as Command
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from sllm_mini.cli import bench as bench_command
-from sllm_mini.cli import main
 from sllm_mini.errors import CheckpointError, FormatError, OutOfMemoryError, UnsupportedError
 from sllm_mini.lab.bench import (
     Options,
@@ -612,19 +612,9 @@ def test_every_loader_is_named_once_and_asked_for_by_its_beginning() -> None:
             entries(only=[wrong])
 
 
-Command = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Command:
-    def call(*args: str | Path) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main.main(["bench", "load", *map(str, args)])
-        captured = capfd.readouterr()
-        return ended.value.code if isinstance(ended.value.code, int) else 0, captured.out, captured.err
-
-    return call
+def command(run: Command) -> Command:
+    return partial(run, "bench", "load")
 
 
 def test_the_command_measures_prints_saves_and_draws(command: Command, model: Path, tmp_path: Path) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
 
 from sllm_mini.checkpoint import Checkpoint, convert_checkpoint
@@ -29,7 +26,6 @@ from sllm_mini.loading.probe_samples import Measurement, Samples, Skipped
 from sllm_mini.resources import resource
 from sllm_mini.types import Span
 
-CHAPTER = next((Path(__file__).parents[1] / "chapters").glob("02_*.ipynb"))
 COUNTED = {
     "user_seconds": 0.1, "system_seconds": 0.2, "minor_faults": 1000.0, "major_faults": 2.0, "read_calls": 62.0, "disk_nbytes": 1e9, "peak_nbytes": 1.1e9,
 }  # fmt: skip
@@ -43,14 +39,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def data(tiny: Checkpoint) -> Path:
     return tiny.path / tiny.index.partitions[0].file
-
-
-@pytest.fixture(autouse=True)
-def _no_figure_stays() -> Iterator[None]:
-    from matplotlib import pyplot
-
-    yield
-    pyplot.close("all")
 
 
 def row(name: str, kind: str, samples: list[float], state: str = "cold", ratio: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> dict[str, Any]:
@@ -297,11 +285,6 @@ def test_predictions_stand_beside_measurements(tiny: Checkpoint) -> None:
     assert float(cells[4]) == pytest.approx(seconds / runs[0].load_seconds, abs=0.006)
 
 
-def test_every_link_of_the_contents_has_its_heading() -> None:
-    cells = nbformat.read(CHAPTER, as_version=4).cells
-    links = re.findall(r"\]\(#([^\n]*?)\)(?: ·|\n|$)", cells[0].source)
-    headings = {line[3:].strip().replace(" ", "-") for cell in cells for line in cell.source.splitlines() if line.startswith("## ")}
-    assert len(links) == 12 and set(links) <= headings
 def test_what_the_ladder_lost_is_said_in_one_line() -> None:
     from sllm_mini.lab.ladder.runs import refused_text
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ import torch
 from sllm_mini.checkpoint import Checkpoint, convert_checkpoint
 from sllm_mini.errors import LoadCancelled, UnsupportedError
 from sllm_mini.inference import stream_model
+from sllm_mini.lab.bench.document import save_document
+from sllm_mini.lab.figure import Described
 from sllm_mini.lab.overlap import curve
 from sllm_mini.lab.overlap.document import Series, assemble
 from sllm_mini.lab.overlap.parts import Parts, measure_parts, phases, prompt_lengths, record_cold
@@ -35,14 +35,6 @@ LAYER_SECONDS = (0.0, 1.0, 1.0, 0.0)
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return convert_checkpoint(resource("data/models/tiny"), tmp_path_factory.mktemp("overlap") / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def _no_figure_stays() -> Iterator[None]:
-    from matplotlib import pyplot
-
-    yield
-    pyplot.close("all")
 
 
 # --- steps -------------------------------------------------------------------------------------------------------
@@ -108,7 +100,9 @@ def test_a_prediction_is_the_larger_bound() -> None:
     assert one.overlapped == one.pipeline
     assert parts(cpu=40.0).predict(20).overlapped == pytest.approx(22.0), "the cores"
     assert parts(cpu=40.0, cores=None).predict(20).work == 0.0
-    assert replace(parts(), model_seconds=9.0).predict(20).overlapped == pytest.approx(13.0), "the module comes late"
+    late = replace(parts(), model_seconds=9.0)
+    assert late.predict(20).overlapped == late.predict(20).pipeline == pytest.approx(13.0), "the module comes late"
+    assert "begins with the module" in curve.predictions_text(late, [late.predict(20)])
     assert parts().embedding_share() == pytest.approx(0.4)
 
 
@@ -129,7 +123,7 @@ def test_parts_are_measured_cold_and_predict(tiny: Checkpoint) -> None:
     assert [tokens for tokens, _ in found.prefills] == [2, 9] and found.load.token_id is None
     assert all(sample.token_id is not None for _, sample in found.prefills) and min(found.layer_seconds) > 0 < found.model_seconds
     one = found.predict(5)
-    assert max(one.load, one.prefill) <= one.overlapped and one.pipeline <= one.serial + 1e-9
+    assert max(one.load, one.prefill) <= one.overlapped and one.pipeline <= max(one.load, found.model_seconds) + one.prefill + 1e-9
 
 
 def test_a_serial_start_in_phases(tiny: Checkpoint) -> None:
@@ -187,7 +181,7 @@ def test_predictions_stand_beside_what_was_measured() -> None:
     axes = curve.plot_predictions(predictions)
     assert len(axes.lines) == 4 and list(axes.get_xticks()) == [4, 8, 16, 32]
     text = curve.predictions_text(parts(), predictions)
-    assert "the embedding is 40.0 % of its bytes" in text and "30 tokens" in text and "the pipeline is the bound" in text
+    assert "the embedding is 40.0 % of its bytes" in text and "30 tokens" in text and "the pipeline is the bound, which begins with the embedding's bytes" in text
     assert text in curve.predictions_alt_text(parts(), predictions)
 
 
@@ -203,8 +197,12 @@ def test_the_take_away_says_how_sure_it_is() -> None:
     assert "though not in every round" in curve.take_away_text(only, [])
 
 
-def test_without_a_recorded_run_the_page_says_so() -> None:
+def test_a_recorded_run_is_drawn_and_without_one_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "No run on a CUDA GPU has been recorded yet" in str(curve.recorded_overlap("no_such_run.json"))
+    saved = save_document(bench() | {"machine": {}, "model": {}, "method": {}}, tmp_path / "bench.json")
+    monkeypatch.setattr(curve, "recorded_runs", lambda name: {"a GPU": saved})
+    found = curve.recorded_overlap("bench.json")
+    assert isinstance(found, Described) and "faster in every round: prompts of 30 tokens" in found.caption
 
 
 # --- the page ------------------------------------------------------------------------------------------------------------
@@ -235,9 +233,6 @@ def test_hydraserves_estimate_divides_the_fetch_only() -> None:
     assert space["hydra_ms"](16, 16, 500, 4, 1) == pytest.approx(2000 + 500 * 3.25 + 2000)
 
 
-def test_every_link_of_the_contents_has_its_heading() -> None:
+def test_its_cells_are_numbered_in_order() -> None:
     cells = nbformat.read(CHAPTER, as_version=4).cells
-    links = re.findall(r"\]\(#([^\n]*?)\)(?: ·|\n|$)", cells[0].source)
-    headings = {line[3:].strip().replace(" ", "-") for cell in cells for line in cell.source.splitlines() if line.startswith("## ")}
-    assert len(links) == 10 and set(links) <= headings
     assert [cell.id for cell in cells] == [f"c04-{number:02d}" for number in range(len(cells))]

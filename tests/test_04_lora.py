@@ -13,7 +13,7 @@ import statistics
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sllm_mini.inference import Engine
 from sllm_mini.inference.lora import Adapters
 from sllm_mini.loading import load_model
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 IDS = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
 FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
@@ -37,15 +38,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "GPTNeoX": ("GPTNeoXForCausalLM", SHAPE | {"intermediate_size": 48}, ["query_key_value", "dense_4h_to_h"]),
 }
 TOKENS = torch.arange(3, 20)[None]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny models lose more to waking threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def base_of(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

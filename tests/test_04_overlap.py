@@ -13,13 +13,14 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import Run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,21 +33,20 @@ from sllm_mini.errors import (
     LoadError,
     ModelError,
     SllmError,
-    UnsupportedError,
 )
 from sllm_mini.inference import Engine, StreamedModel, next_runnable_layer, stream_model
 from sllm_mini.inference import overlap as overlap_module
 from sllm_mini.inference.overlap import COMPUTE_LANE, WAIT_LANE
-from sllm_mini.lab.bench.document import save_document
-from sllm_mini.lab.overlap import Options, Start, described_overlap, measure_overlap, read_overlap
-from sllm_mini.lab.overlap.document import Series, assemble, one_layer_seconds, pipeline_seconds
+from sllm_mini.lab.bench.document import read_document
+from sllm_mini.lab.overlap import Start, described_overlap
+from sllm_mini.lab.overlap.document import KIND, Series, assemble, one_layer_seconds, pipeline_seconds
 from sllm_mini.lab.overlap.picture import arrival_seconds
-from sllm_mini.lab.overlap.start import MODES, Layer, Mode, Sample
+from sllm_mini.lab.overlap.start import MODES, Layer, Mode, Sample, record_start
+from sllm_mini.lab.overlap.steps import HandedOut
 from sllm_mini.loading import LoadOptions, load_model, start_load
-from sllm_mini.loading.plan import plan_load
-from sllm_mini.loading.restore import restore_tensors
-from sllm_mini.types import Progress, Span, SpanRecorder, Warmth
+from sllm_mini.types import Span, SpanRecorder, Warmth
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 IDS = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 PROMPT = [5, 17, 0, 33, 2, 80]
 LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -65,15 +65,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 CLASSES = {"GPT2": "GPT2LMHeadModel"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny models lose more to waking threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model_of(family: str) -> Any:
@@ -120,79 +111,19 @@ class Faulty(SpanRecorder):
         yield
 
 
-class LayerByLayer:
-    """A load whose bytes come when the test says so: `deliver(layer)`, `fail(error)`, or in `wait_for` with `on_demand`."""
+class LayerByLayer(HandedOut):
+    """A load whose bytes come when the test says so, or with `on_demand` when the model waits for them; `asked` in that order."""
 
     def __init__(self, checkpoint: Checkpoint, *, on_demand: bool = False) -> None:
-        self.checkpoint = checkpoint
+        super().__init__(checkpoint)
         self.on_demand = on_demand
-        plan = plan_load(checkpoint.index, lambda _: 0, devices=1, names=None, chunk_nbytes=1 << 21, granule=4096)
-        self._places = list(plan.places(0))
-        self._bytes = torch.frombuffer(bytearray(b"".join((checkpoint.path / p.file).read_bytes() for p in checkpoint.index.partitions)), dtype=torch.uint8)
-        self.base = torch.full_like(self._bytes, 0xFF)
-        self._tensors = restore_tensors(self.base, self._places)
-        self._arrived: set[str] = set()
         self.asked: list[str] = []
-        self.error: BaseException | None = None
-        self._changed = threading.Condition()
-
-    def deliver(self, layer: str) -> None:
-        number = self.layers.index(layer)
-        for entry, offset in self._places:
-            if entry.layer == number:
-                self.base[offset : offset + entry.nbytes] = self._bytes[offset : offset + entry.nbytes]
-        with self._changed:
-            self._arrived.add(layer)
-            self._changed.notify_all()
-
-    def fail(self, error: BaseException) -> None:
-        with self._changed:
-            self.error = self.error or error
-            self._tensors = {}
-            self._changed.notify_all()
-
-    @property
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        self._check()
-        return self._tensors
-
-    @property
-    def layers(self) -> list[str]:
-        return list(self.checkpoint.index.layers)
-
-    @property
-    def progress(self) -> Progress:
-        return Progress(len(self._arrived), len(self.layers))
-
-    @property
-    def done(self) -> bool:
-        return self.error is not None or len(self._arrived) == len(self.layers)
-
-    def ready(self, name: str) -> bool:
-        self._check()
-        return name in self._arrived
 
     def wait_for(self, name: str, timeout: float | None = None) -> bool:
         self.asked.append(name)
         if self.on_demand:
             self.deliver(name)
-        with self._changed:
-            arrived = self._changed.wait_for(lambda: self.error is not None or name in self._arrived, timeout)
-        self._check()
-        return arrived
-
-    def wait(self, timeout: float | None = None) -> Mapping[str, torch.Tensor]:
-        for name in self.layers:
-            self.wait_for(name, timeout)
-        return self._tensors
-
-    def cancel(self) -> None:
-        if not self.done:
-            self.fail(LoadCancelled("the load was cancelled"))
-
-    def _check(self) -> None:
-        if self.error is not None:
-            raise self.error.with_traceback(None)
+        return super().wait_for(name, timeout)
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -409,17 +340,14 @@ def test_a_load_that_fails_in_the_middle_fails_the_generation(checkpoint_of: Sav
     engine = Engine(streamed.model)
     for layer in loading.layers[:3]:
         loading.deliver(layer)
-    failed_at: list[float] = []
 
     def fail_later() -> None:
-        time.sleep(0.05)
-        failed_at.append(time.monotonic())
+        assert loading.settle() == loading.layers[3]  # the generation waits for it, and it will never come
         loading.fail(LoadError("the disk has gone"))
 
     thread = in_background(fail_later)
     with pytest.raises(LoadError, match="the disk has gone"):
         engine.complete(PROMPT, max_new_tokens=8)
-    assert time.monotonic() - failed_at[0] < 1
     thread.join()
     with pytest.raises(LoadError, match="the disk has gone"):  # and so does every later one
         engine.complete(PROMPT, max_new_tokens=8)
@@ -461,7 +389,7 @@ def test_a_cancelled_load_ends_a_waiting_generation_and_gives_memory_back(checkp
     loading = LayerByLayer(checkpoint_of("OPT"))
     streamed = stream_model(loading)
     loading.deliver("embedding")
-    memory = weakref.ref(loading.base)
+    memory = weakref.ref(loading._memory)
     found: list[BaseException] = []
 
     def run() -> None:
@@ -471,13 +399,11 @@ def test_a_cancelled_load_ends_a_waiting_generation_and_gives_memory_back(checkp
             found.append(error)
 
     thread = in_background(run)
-    while not loading.asked and thread.is_alive():
-        time.sleep(0.001)
+    assert loading.settle() == loading.layers[1]  # it waits
     streamed.cancel()
     thread.join(5)
     assert [type(error) for error in found] == [LoadCancelled]
     assert all(parameter.is_meta for parameter in streamed.model.parameters())
-    del loading.base
     gc.collect()
     assert memory() is None
 
@@ -492,6 +418,77 @@ def test_cancelling_before_any_pass_gives_memory_back_and_after_the_load_does_no
     expected = logits_of(whole.model)
     whole.cancel()
     assert torch.equal(logits_of(whole.model), expected)
+
+
+class Interrupted(LayerByLayer):
+    """The user presses Ctrl-C, once, while the pass waits for its second layer."""
+
+    pressed = False
+
+    def wait_for(self, name: str, timeout: float | None = None) -> bool:
+        if name == self.layers[1] and not self.pressed:
+            self.pressed = True
+            raise KeyboardInterrupt
+        return super().wait_for(name, timeout)
+
+
+def test_after_a_ctrl_c_the_load_can_be_cancelled_waited_for_and_run_again(checkpoint_of: Save) -> None:
+    """Torch tells hooks of every Exception that ends a pass, and a KeyboardInterrupt is none."""
+    checkpoint, recorder = checkpoint_of("Llama"), SpanRecorder()
+    cancelled, waited, again = (stream_model(Interrupted(checkpoint, on_demand=True), recorder=recorder) for _ in range(3))
+    for streamed in (cancelled, waited, again):
+        with pytest.raises(KeyboardInterrupt):
+            logits_of(streamed.model)
+    cancelled.cancel()
+    assert all(parameter.is_meta for parameter in cancelled.model.parameters())
+    waited.wait()
+    assert hooks_of(waited.model) == 0
+    recorder.spans.clear()
+    assert torch.equal(logits_of(again.model), logits_of(waited.model))
+    assert [span.name for span in recorder.spans if span.lane == COMPUTE_LANE] == checkpoint.index.layers[1:]  # the first had run
+
+
+class Shared(LayerByLayer):
+    """A load that is for others too: cancelling gives up the tensors, and it goes on (see `storage.Attachment`)."""
+
+    given_up = False
+
+    def cancel(self) -> None:
+        self.given_up = True
+
+    def wait(self, timeout: float | None = None) -> Any:
+        if timeout == 0 and not self.done:
+            raise TimeoutError
+        if self.given_up:
+            raise LoadError("the tensors were given up")
+        return super().wait(timeout)
+
+
+def test_giving_up_a_model_does_not_wait_for_a_load_that_others_share(checkpoint_of: Save) -> None:
+    loading = Shared(checkpoint_of("Llama"), on_demand=True)
+    streamed = stream_model(loading)
+    streamed.cancel()
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
+    assert loading.asked == []
+    for layer in loading.layers:
+        loading.deliver(layer)
+    with pytest.raises(LoadCancelled):  # and not whatever torch says of weights that are not there
+        logits_of(streamed.model)
+    whole = stream_model(Shared(loading.checkpoint, on_demand=True))
+    expected = logits_of(whole.model)
+    whole.cancel()
+    assert torch.equal(logits_of(whole.model), expected)
+
+
+def test_a_load_that_fails_beside_a_pass_that_needs_no_more_of_it_gives_memory_back(checkpoint_of: Save) -> None:
+    loading = LayerByLayer(checkpoint_of("Llama"), on_demand=True)
+    streamed = stream_model(loading)
+    decoder = streamed.model.model
+    decoder.layers = decoder.layers[:2]
+    streamed.model.lm_head.register_forward_hook(lambda *_: loading.fail(LoadError("the disk has gone")))
+    with pytest.raises(LoadError, match="the disk has gone"):
+        logits_of(streamed.model)
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
 
 
 def test_a_model_that_is_dropped_while_it_loads_is_freed_at_once(checkpoint_of: Save) -> None:
@@ -523,8 +520,8 @@ def test_a_checkpoint_that_makes_no_model_fails_before_it_runs_and_leaves_no_thr
 LAYERS = (Layer("embedding", 40), Layer("model.layers.0", 20), Layer("model.layers.1", 30), Layer("head", 10))
 
 
-def samples_of(**seconds: float) -> dict[Mode, dict[int, Sample]]:
-    return {mode: {0: Sample(seconds[mode], seconds[mode], 7)} for mode in MODES}
+def samples_of(*, built: float | None = None, **seconds: float) -> dict[Mode, dict[int, Sample]]:
+    return {mode: {0: Sample(seconds[mode], seconds[mode], 7, built if mode == "overlapped" else None)} for mode in MODES}
 
 
 def test_one_layer_is_the_larger_of_its_parts_of_the_load_and_of_the_prefill() -> None:
@@ -540,6 +537,13 @@ def test_the_pipeline_waits_for_each_layers_bytes_and_for_the_layer_before() -> 
     assert pipeline_seconds(LAYERS, seconds, 0, 4) == pytest.approx(4)
 
 
+def test_the_pipeline_begins_with_the_later_of_the_module_and_the_first_bytes() -> None:
+    seconds = [1.0, 1.0, 1.0, 1.0]  # the embedding's bytes are there after 4
+    assert pipeline_seconds(LAYERS, seconds, 10, 40, built=3) == pipeline_seconds(LAYERS, seconds, 10, 40) == pytest.approx(44)
+    assert pipeline_seconds(LAYERS, seconds, 10, 40, built=5) == pytest.approx(45)
+    assert pipeline_seconds(LAYERS, seconds, 10, 4, built=5) == pytest.approx(11)  # it has caught up with the bytes before the last of them
+
+
 def test_the_document_compares_within_a_round() -> None:
     series = Series(5, "asked for", [0.0, 1.0, 1.0, 2.0], samples_of(serial=14.0, overlapped=13.0, load=10.0, prefill=4.0))
     document = assemble([series], LAYERS, device="cpu", cores=2, facts={})
@@ -551,20 +555,35 @@ def test_the_document_compares_within_a_round() -> None:
         "serial": pytest.approx(10 / 14), "overlapped": pytest.approx(10 / 13), "load": None, "prefill": None
     }  # fmt: skip
     assert "work_seconds_median" not in assemble([series], LAYERS, device="cuda:0", cores=2, facts={})["prompts"][0]
+    assert "built_seconds_median" not in prompt  # it was not measured
+    late = Series(5, "asked for", [0.0, 1.0, 1.0, 2.0], samples_of(serial=14.0, overlapped=13.0, load=10.0, prefill=4.0, built=9.0))
+    (prompt,) = assemble([late], LAYERS, device="cpu", cores=2, facts={})["prompts"]
+    assert prompt["built_seconds_median"] == 9.0 and prompt["ratio_to_pipeline_median"] == pytest.approx(1)  # 9 and 4 of prefill
 
 
-def test_the_bench_measures_all_four_and_draws_two(checkpoint_of: Save, tmp_path: Path) -> None:
-    checkpoint = checkpoint_of("Llama, tied")
-    try:
-        document, starts = measure_overlap(checkpoint.path, options=Options(rounds=2, tokens=(4, 9), threads=1))
-    except UnsupportedError as error:
-        pytest.skip(f"nothing can be cold here: {error}")
-    saved = read_overlap(save_document(document, tmp_path / "overlap.json"))
-    assert [(row["tokens"], row["mode"]) for row in saved["results"]] == [(count, mode) for count in (4, 9) for mode in MODES]
-    assert all(len(row["samples"]) == 2 and row["nbytes"] == sum(layer["nbytes"] for layer in saved["layers"]) for row in saved["results"])
-    assert saved["limits"].keys() == {"load_4_tokens_seconds", "prefill_4_tokens_seconds", "load_9_tokens_seconds", "prefill_9_tokens_seconds", "processor_count"}
-    assert [start.mode for start in starts] == ["serial", "overlapped"]
-    assert all(min(start.compute_seconds()) > 0 for start in starts)
+def test_the_command_measures_all_four_prints_saves_and_draws(checkpoint_of: Save, tmp_path: Path, run: Run) -> None:
+    saved, picture = tmp_path / "overlap.json", tmp_path / "overlap.png"
+    lengths = ("--tokens", 4, "--tokens", 9)
+    ended = run("bench", "overlap", checkpoint_of("Llama, tied").path, "--rounds", 2, *lengths, "--threads", 1, "--save", saved, "--picture", picture)
+    if ended.code and "cold" in ended.err:
+        pytest.skip(f"nothing can be cold here: {ended.err}")
+    assert not ended.code, ended.err
+    document = read_document(saved, KIND)
+    assert [(row["tokens"], row["mode"]) for row in document["results"]] == [(count, mode) for count in (4, 9) for mode in MODES]
+    assert all(len(row["samples"]) == 2 and row["nbytes"] == sum(layer["nbytes"] for layer in document["layers"]) for row in document["results"])
+    named = {f"{mode}_{count}_tokens_seconds" for mode in ("load", "prefill") for count in (4, 9)}
+    assert document["limits"].keys() == named | {"processor_count"}
+    for prompt in document["prompts"]:
+        overlapped = next(row["samples"] for row in document["results"] if (row["tokens"], row["mode"]) == (prompt["tokens"], "overlapped"))
+        assert all(0 < built < first for built, first in zip(prompt["built_seconds_samples"], overlapped, strict=True))
+        assert all(built < pipeline for built, pipeline in zip(prompt["built_seconds_samples"], prompt["pipeline_seconds_samples"], strict=True))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert all(f"A prompt of {count} tokens (asked for)" in ended.out for count in (4, 9)) and ended.out.count("first token over the target") == 2
+
+
+def test_two_recorded_starts_are_drawn_one_above_the_other(checkpoint_of: Save) -> None:
+    starts = [record_start(checkpoint_of("Llama, tied"), mode, PROMPT) for mode in MODES[:2]]
+    assert all(min(start.compute_seconds()) > 0 and 0 < start.built_seconds < start.seconds for start in starts)
     picture = described_overlap(starts, title="tiny")
     assert picture.png.startswith(b"\x89PNG") and "Run while loading: the last of the bytes of 6 layers" in picture.alt_text
 
@@ -579,4 +598,4 @@ def test_arrivals_follow_from_the_order_of_bytes() -> None:
 def test_a_file_that_is_no_such_document_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(FormatError, match="sllm-mini bench overlap --save"):
-        read_overlap(tmp_path / "other.json")
+        read_document(tmp_path / "other.json", KIND)

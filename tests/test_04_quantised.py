@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from sllm_mini.loading import load_model, load_tensors
 
 pytest.importorskip("torchao", reason="torchao, whose tensors these tests save, is not on the path; make test runs this file again with it")
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 IDS = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 LLAMA = SHAPE | {"intermediate_size": 48, "num_key_value_heads": 2}
@@ -48,15 +49,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TOKENS = torch.arange(3, 20)[None]
 METHODS = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny models lose more to waking threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def base_of(family: str, **changes: Any) -> Any:

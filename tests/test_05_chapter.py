@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
 
 from sllm_mini.checkpoint import Checkpoint, convert_checkpoint
@@ -22,8 +20,6 @@ from sllm_mini.lab.rungs import median_rungs
 from sllm_mini.lab.warm import Brought, Crowd, StoreProcess, Task, WarmStart, start_instance
 from sllm_mini.resources import resource
 from sllm_mini.types import Span, Warmth
-
-CHAPTER = next((Path(__file__).parents[1] / "chapters").glob("05_*.ipynb"))
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +39,6 @@ def store(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         started.client.register("tiny", tiny.path)
         started.client.prefetch("tiny")
         yield started
-
-
-@pytest.fixture(autouse=True)
-def _no_figure_stays() -> Iterator[None]:
-    from matplotlib import pyplot
-
-    yield
-    pyplot.close("all")
 
 
 def gone(pid: int) -> bool:
@@ -213,7 +201,7 @@ def test_attaching_is_said_and_drawn_as_measured() -> None:
 
 def test_what_one_more_process_adds_is_a_difference() -> None:
     slopes = {"copy": 10**9, "map": 4 * 10**8, "attach": 10**7}
-    crowds = [Crowd(how, count, 10**9 + count * slope, 0) for how, slope in slopes.items() for count in (1, 2, 4)]  # type: ignore[arg-type]
+    crowds = [Crowd(how, count, 10**9 + count * slope) for how, slope in slopes.items() for count in (1, 2, 4)]  # type: ignore[arg-type]
     assert [warm_plots.one_more_nbytes(crowds, how) for how in warm.HOWS] == list(slopes.values())
     assert "attached to the store 10.0 MB (1.0 % of the model)" in warm_plots.memory_text(crowds, 10**9)
     line = warm_plots.plot_memory(crowds).lines[2]
@@ -222,10 +210,3 @@ def test_what_one_more_process_adds_is_a_difference() -> None:
         warm_plots.one_more_nbytes(crowds[:1], "copy")
     with pytest.raises(ValueError, match="no crowd"):
         warm_plots.plot_memory([])
-
-
-def test_every_link_of_the_contents_has_its_heading() -> None:
-    cells = nbformat.read(CHAPTER, as_version=4).cells
-    links = re.findall(r"\]\(#([^\n]*?)\)(?: ·|\n|$)", cells[0].source)
-    headings = {line[3:].strip().replace(" ", "-") for cell in cells for line in cell.source.splitlines() if line.startswith("## ")}
-    assert len(links) == 8 and set(links) == headings

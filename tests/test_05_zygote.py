@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import PATIENCE, children_of, is_gone, on_the_path
 
 from sllm_mini.checkpoint import Checkpoint
 from sllm_mini.cluster import (
@@ -39,9 +40,6 @@ from sllm_mini.cluster.snapshot import SnapshotError, open_snapshot
 from sllm_mini.errors import UnsupportedError
 from sllm_mini.lab.models import tiny_checkpoint
 from sllm_mini.wire import Channel, Message, WireTimeout
-
-PATIENCE = 60.0
-"""Seconds after which a thing that should happen at once counts as never; no test measures with it."""
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -99,6 +97,9 @@ def leave(status):
 def fail():
     raise ValueError("worker says no")
 
+def named(self, path, entry):
+    return [self, path, entry] != [1, "models/tiny", "x"]
+
 def sleep(seconds=600):
     time.sleep(seconds)
 
@@ -141,18 +142,14 @@ def pretend_cuda():
     import torch
     torch.cuda.is_initialized = lambda: True
 '''
-NAMES = ["report", "identity", "draw", "multiply", "echo", "give", "leave", "fail", "sleep", "family", "stubborn", "skeleton", "converse"]
+NAMES = ["report", "identity", "draw", "multiply", "echo", "give", "leave", "fail", "named", "sleep", "family", "stubborn", "skeleton", "converse"]
 ENTRIES = [f"zygote_worker:{name}" for name in NAMES]
 
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder on the search path that has the worker's module."""
-    folder = tmp_path_factory.mktemp("worker")
-    (folder / "zygote_worker.py").write_text(WORKER)
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
+    with on_the_path(tmp_path_factory.mktemp("worker"), "zygote_worker", WORKER) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -221,23 +218,6 @@ def start(zygote: Zygote, name: str, *args: Any) -> tuple[Child, socket.socket]:
     return child, ours
 
 
-def is_gone(pid: int) -> bool:
-    """Waits until the process has ended; whoever inherits an orphan may take its time to collect it."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def children_of(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-
-
 # A child is a process of its own
 
 
@@ -252,6 +232,11 @@ def test_arguments_go_in_and_the_status_comes_out(plain: Zygote) -> None:
     assert run(plain, "give", "a reason") == (1, "", "a reason\n")  # as sys.exit has it
     assert run(plain, "leave", 3)[0] == 3
     assert run(plain, "leave", None)[0] == 0
+
+
+def test_arguments_may_have_the_names_of_those_of_fork(plain: Zygote) -> None:
+    with plain.fork("zygote_worker:named", self=1, path="models/tiny", entry="x") as child:
+        assert child.wait(PATIENCE) == 0
 
 
 def test_an_exception_is_printed_by_the_child_and_ends_it_with_1(plain: Zygote) -> None:
@@ -272,14 +257,13 @@ def test_standard_descriptors_environment_and_folder_are_the_childs_own(plain: Z
     monkeypatch.setenv("SLLM_TEST", "of the client, now: \udcff")  # after the zygote started; not even UTF-8
     monkeypatch.chdir(tmp_path)
     inherited = ask(plain, "identity")
-    assert inherited["environment"] == dict(os.environ)
+    assert inherited["environment"] == dict(os.environ)  # so nothing that the zygote set for its own imports
     assert inherited["folder"] == str(tmp_path)
-    assert "OPENBLAS_NUM_THREADS" not in inherited["environment"] or "OPENBLAS_NUM_THREADS" in os.environ
 
 
 def test_a_child_leads_its_own_group_and_holds_nothing_of_the_zygotes(plain: Zygote) -> None:
     others = [start(plain, "stubborn") for _ in range(3)]
-    seen = ask(plain, "identity", )
+    seen = ask(plain, "identity")
     for child, sock in others:
         child.close()
         sock.close()
@@ -592,6 +576,16 @@ def test_without_criu_the_reason_is_one_sentence(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
+def criu_that(does: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A shell script in the place of CRIU, and the folder it is in."""
+    program = folder / "bin" / "criu"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return program.parent
+
+
 CHECK_FAILS = """
 echo 'Error (criu/util.c:642): exited, status=1' >&2
 echo 'Error (criu/vdso.c:381): vdso: Unexpected rt vDSO area bounds' >&2
@@ -615,14 +609,18 @@ exit 1
     ],
 )
 def test_what_criu_refuses_leaves_nothing_behind(script: str, error: type[Exception], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "bin" / "criu"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    program = criu_that(script, tmp_path, monkeypatch)
     with pytest.raises(error, match=reason):
         save_snapshot(os.getpid(), tmp_path / "new")
-    assert list(tmp_path.iterdir()) == [program.parent]
+    assert list(tmp_path.iterdir()) == [program]
+
+
+def test_all_that_can_fail_is_done_before_the_process_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    criu_that('[ "$1" = check ] || cat "$3/pid" > "$3/seen"', tmp_path, monkeypatch)
+    saved = save_snapshot(4321, tmp_path / "new")
+    assert saved.pid == 4321 and (saved.folder / "seen").read_text() == "4321"
+    with pytest.raises(SnapshotError, match=r"gone/new cannot be made \(No such file or directory\); choose a folder in one that is there"):
+        save_snapshot(4321, tmp_path / "gone" / "new")
 
 
 def test_a_folder_without_a_snapshot_is_refused(tmp_path: Path) -> None:

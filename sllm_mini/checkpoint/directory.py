@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sllm_mini.checkpoint.hashing import bytes_digest
-from sllm_mini.checkpoint.index import INDEX_FILE, MAX_INDEX_NBYTES, Index, decode_index
+from sllm_mini.checkpoint.index import INDEX_FILE, MAX_INDEX_NBYTES, Index, decode_index, encode_index
 from sllm_mini.errors import CheckpointError, FormatError, IntegrityError
 
 _READ_BY_NAME = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".safetensors", ".bin")
@@ -41,6 +41,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all partitions, padding included."""
         return self.index.total_nbytes
+
+    @property
+    def digest(self) -> str:
+        """A name for these weights, 16 hexadecimal characters: equal wherever the same checkpoint lies. Encodes the index."""
+        return bytes_digest(encode_index(self.index))
 
     def open_partition(self, number: int, flags: int = 0) -> int:
         """A read-only descriptor of a data file (the caller closes it), its size checked again.

@@ -1,7 +1,8 @@
 """Processes that serve models on one machine: how they start, what they share, and how they are put away and brought back.
 
-`zygote` forks a process that has its libraries imported already, `snapshot` writes a running process to files and brings
-it back, `process_memory` says what one more process costs. Importing this package costs nothing. Taught in chapter 05.
+`node` composes a store and the engines that run on its memory, each an `instance`. `zygote` forks a process that has its
+libraries imported already, `snapshot` writes a running process to files and brings it back, `process_memory` says what one
+more process costs. Importing this package costs nothing. Taught in chapter 05.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Any
 _HOMES = {
     "Child": "zygote",
     "ForkOptions": "zygote",
+    "Instance": "instance",
+    "Node": "node",
+    "NodeError": "instance",
     "ProcessMemory": "process_memory",
     "Zygote": "zygote",
     "ZygoteError": "zygote",

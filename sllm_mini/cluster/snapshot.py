@@ -54,16 +54,20 @@ def save_snapshot(pid: int, folder: str | os.PathLike[str], *, keep_running: boo
     """Writes the process `pid` with all it started to `folder`, which must not exist, and ends it, or lets it run on.
 
     The folder, readable by this user alone, appears when the snapshot is whole. Raises UnsupportedError where
-    `why_no_criu` has a reason, SnapshotError if the process cannot be saved (it runs on then) or the folder is there.
+    `why_no_criu` has a reason, SnapshotError if the process cannot be saved (it runs on then), or the folder is there or
+    cannot be made.
     """
     place = Path(folder).absolute()
     if place.exists():
         raise SnapshotError(f"{place} is there already; choose another folder or remove it")
     _require_criu()
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     try:
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    except OSError as error:
+        raise SnapshotError(f"{place} cannot be made ({error.strerror}); choose a folder in one that is there and may be written to") from error
+    try:
+        (unfinished / _PID).write_text(str(pid))  # before the process ends: after that nothing may fail that can be tried first
         _criu("dump", unfinished, f"process {pid} was not saved", "--tree", str(pid), *(["--leave-running"] if keep_running else []))
-        (unfinished / _PID).write_text(str(pid))
         os.rename(unfinished, place)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)

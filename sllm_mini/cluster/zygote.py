@@ -35,6 +35,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from sllm_mini.cluster.zygote_child import flush_standard
 from sllm_mini.cluster.zygote_messages import Begin, Exited, Failed, Fork, Forked, Ready, Signal
 from sllm_mini.errors import SllmError, WireError
 from sllm_mini.wire import Channel, ChannelClosed, WireTimeout, connect
@@ -165,8 +166,6 @@ class Zygote:
     ) -> None:
         """Returns when the zygote can fork. Raises ZygoteError if it cannot: an import that fails, takes more than
         `timeout` seconds, starts a thread or initialises CUDA, an entry point that is not there, a path that is taken."""
-        self._folder = tempfile.mkdtemp(prefix="sllm-zygote-") if path is None else None
-        self.path = os.path.join(self._folder, "socket") if self._folder is not None else os.path.abspath(path or "")
         ours, theirs = socket.socketpair()
         self._owner: Channel[Ready | Failed] = Channel(ours, Ready | Failed, name="zygote")
         variables = dict(os.environ if environment is None else environment)
@@ -175,8 +174,11 @@ class Zygote:
         variables |= {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         search = msgspec.json.encode([os.path.abspath(place) for place in sys.path]).decode()
         self._process: subprocess.Popen[bytes] | None = None
+        self._folder: str | None = None
         try:
             with theirs:
+                self._folder = tempfile.mkdtemp(prefix="sllm-zygote-") if path is None else None
+                self.path = os.path.join(self._folder, "socket") if self._folder is not None else os.path.abspath(path or "")
                 command = [sys.executable, "-c", _PROGRAM, search]
                 self._process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=variables, start_new_session=True)
             self.pid = self._process.pid
@@ -188,8 +190,9 @@ class Zygote:
             self.close()
             raise
 
-    def fork(self, entry: str, *args: Any, options: ForkOptions | None = None, **named: Any) -> Child:
-        """A child that runs `entry` with these arguments, which must be JSON-able. Raises what `fork_from` raises.
+    def fork(self, entry: str, /, *args: Any, options: ForkOptions | None = None, **named: Any) -> Child:
+        """A child that runs `entry` with these arguments, which must be JSON-able; none may be named `options`. Raises what
+        `fork_from` raises.
 
         Its exit status is what the entry point returns (None is 0), or 1 after an exception, which it prints. It leaves
         at once when the entry point returns, without handlers of `atexit` and without waiting for threads.
@@ -230,7 +233,7 @@ class Zygote:
         self.close()
 
 
-def fork_from(path: str | os.PathLike[str], entry: str, *args: Any, options: ForkOptions | None = None, **named: Any) -> Child:
+def fork_from(path: str | os.PathLike[str], entry: str, /, *args: Any, options: ForkOptions | None = None, **named: Any) -> Child:
     """A child of the zygote that listens at `path`, as `Zygote.fork` makes it. Safe from several threads.
 
     Raises ZygoteError if no zygote answers there, if `entry` is not on its list, or if it may not or cannot fork;
@@ -244,8 +247,7 @@ def fork_from(path: str | os.PathLike[str], entry: str, *args: Any, options: For
     environment = os.environb if given.environment is None else {os.fsencode(name): os.fsencode(value) for name, value in given.environment.items()}
     request = Fork(entry, arguments, dict(environment), os.fsencode(os.path.abspath(given.folder or os.getcwd())))
     standard = [_fd_of(given.stdin, 0), _fd_of(given.stdout, 1), _fd_of(given.stderr, 2)]
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.flush()  # what was printed before the child started comes before what the child prints
+    flush_standard()  # what was printed before the child started comes before what the child prints
     try:
         channel: Channel[Any] = Channel(connect(path, timeout=_PATIENCE_SECONDS), Forked | Failed | Exited, name=f"child running {entry}")
     except WireError as error:

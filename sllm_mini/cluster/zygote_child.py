@@ -62,7 +62,7 @@ def become(entry: Entry, request: Fork, fds: tuple[int, ...], owned: list[int], 
         traceback.print_exc()
     finally:
         try:
-            _flush()
+            flush_standard()
         finally:
             os._exit(status)
 
@@ -89,7 +89,8 @@ def _status(value: Any) -> int:
     return 1
 
 
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more, or the entry point closed it
+def flush_standard() -> None:
+    """Sends off what this process has printed, where somebody still reads it."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):  # nobody reads it any more, or it was closed
             stream.flush()

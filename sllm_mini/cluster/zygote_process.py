@@ -155,6 +155,8 @@ class _Zygote:
             if isinstance(message, Signal):
                 if lease.pid:
                     with suppress(ProcessLookupError):
+                        if os.getpgid(lease.pid) != lease.pid:  # it left its group
+                            signal.pidfd_send_signal(lease.pidfd, message.number)
                         os.killpg(lease.pid, message.number)
             elif lease.pid:
                 self._drop(lease)

@@ -38,9 +38,9 @@ class _Allocation:
 
     __slots__ = ("__weakref__", "address")
 
-    def __init__(self, address: int, free: Callable[[Binding, int], None], binding: Binding) -> None:
-        self.address = address
-        if address:  # 0 stands for no bytes
+    def __init__(self, address: int, free: Callable[[Binding, int], None] | None, binding: Binding) -> None:
+        self.address = address  # 0 stands for no bytes
+        if free is not None:
             weakref.finalize(self, free, binding, address).atexit = False
 
 
@@ -114,7 +114,7 @@ class DeviceMemory(CudaBuffer):
         require_size(nbytes)
         try:
             with binding.active(f"allocate {nbytes:,} bytes") as runtime:
-                allocation = _Allocation(runtime.malloc(nbytes) if nbytes else 0, _free_device, binding)
+                allocation = _Allocation(runtime.malloc(nbytes) if nbytes else 0, _free_device if nbytes else None, binding)
         except CudaError as error:
             if error.status != OUT_OF_MEMORY:
                 raise
@@ -170,7 +170,7 @@ def _map(binding: Binding, exported: Exported) -> _Allocation:
     if exported.handle in binding.exported:
         raise DeviceError(f"the exported memory on {binding.name} is this process's own; use the buffer it came from")
     if not exported.nbytes:
-        return _Allocation(0, _unmap, binding)
+        return _Allocation(0, None, binding)
     allocation = binding.opened.get(exported.handle)
     if allocation is None:
         # Another thread may open it just now, or its last mapping be just going: CUDA counts how often a process opened
@@ -204,7 +204,7 @@ class PinnedMemory:
         try:
             with binding.active(f"pin {nbytes:,} bytes of host memory") as runtime:
                 address = runtime.hostAlloc(nbytes, runtime.hostAllocPortable) if nbytes else 0
-                allocation = _Allocation(address, _free_pinned, binding)
+                allocation = _Allocation(address, _free_pinned if nbytes else None, binding)
         except CudaError as error:
             if error.status != OUT_OF_MEMORY:
                 raise

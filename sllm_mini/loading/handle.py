@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from sllm_mini.checkpoint.composite import check_composite_kind
 from sllm_mini.checkpoint.directory import Checkpoint
+from sllm_mini.checkpoint.index import TensorEntry
 from sllm_mini.device.base import Buffer
 from sllm_mini.errors import LoadCancelled, LoadError
 from sllm_mini.loading.flow import LoadReport
@@ -45,9 +46,6 @@ class LoadHandle:
         self._ended = False
         self._changed = threading.Condition()
         self._pipeline: Pipeline | None = None
-        for composite in checkpoint.index.composites:
-            if all(part in self._entries for part in composite.parts.values()):
-                check_composite_kind(composite, checkpoint.path)
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -134,12 +132,19 @@ class LoadHandle:
         if name in self._entries:
             yield from self._plan.chunks_of(*self._entries[name])
             return
-        layers = self.checkpoint.index.layers
-        members = [(tensor, device) for tensor, device in self._plan.tensors if layers[tensor.layer] == name]
-        if not members:
+        if name not in self._members:
             raise LoadError(f"{name!r} is neither a tensor nor a layer of this load", path=self.checkpoint.path)
-        for tensor, device in members:
+        for tensor, device in self._members[name]:
             yield from self._plan.chunks_of(tensor, device)
+
+    @cached_property
+    def _members(self) -> dict[str, list[tuple[TensorEntry, int]]]:
+        """The tensors of each layer. Whoever asks for one layer asks for all, and a model may have 36,000 tensors in 94."""
+        layers = self.checkpoint.index.layers
+        members: dict[str, list[tuple[TensorEntry, int]]] = {}
+        for tensor, device in self._plan.tensors:
+            members.setdefault(layers[tensor.layer], []).append((tensor, device))
+        return members
 
     def _raise_if_failed(self) -> None:
         if self._error is None:

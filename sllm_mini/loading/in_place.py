@@ -38,7 +38,7 @@ class InPlace:
         return [("pages", self._back_ahead)] if len(self._states) < len(self._chunks) else []
 
     def deliver(self, chunk: Chunk) -> None:
-        """Reads or maps one chunk into place. Raises LoadError, IntegrityError or OutOfMemoryError."""
+        """Reads or maps one chunk into place. Raises LoadError, IntegrityError, OutOfMemoryError or DeviceError."""
         flow, reader = self._flow, self._readers[chunk.partition]
         view = self._memory.view[chunk.device_offset : chunk.device_offset + chunk.nbytes]
         state = self._prepare(chunk)

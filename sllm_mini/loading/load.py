@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from sllm_mini.checkpoint.composite import check_composite_kind
 from sllm_mini.checkpoint.directory import Checkpoint, open_checkpoint
 from sllm_mini.checkpoint.hashing import CHUNK_NBYTES
 from sllm_mini.checkpoint.index import BLOCK_NBYTES, Index
@@ -53,9 +54,10 @@ def start_load(
     new bytes. With `verify`, every chunk is hashed as it arrives, and a wrong one fails the load. `pool` lends the host
     memory on the way to a GPU (or to existing tensors), so that no load has to pin its own. `recorder` gets a span for
     each stage of each chunk. Raises what `open_checkpoint` raises, OutOfMemoryError before anything is read if the
-    target is too small, LoadError for an unknown name or an unfit tensor, ValueError for arguments that contradict each
-    other or a pool that does not fit or was closed, TypeError for an `into` that does not map names to tensors. Safe
-    from several threads.
+    target is too small, DeviceError for a device that is not there or refuses, LoadError for an unknown name or an unfit
+    tensor, FormatError or UnsupportedError for a composite that cannot be built here, ValueError for arguments that
+    contradict each other or a pool that does not fit or was closed, TypeError for an `into` that does not map names to
+    tensors. Safe from several threads.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     if into is not None:
@@ -79,6 +81,7 @@ def start_load(
         raise ValueError(f"the pool's chunks have {pool.chunk_nbytes:,} bytes and the load reads {options.chunk_nbytes:,} at a time; make them equal")
     granule = CHUNK_NBYTES if verify else BLOCK_NBYTES
     plan = plan_load(checkpoint.index, device_of, devices=len(devices), names=wanted, chunk_nbytes=options.chunk_nbytes, granule=granule)
+    _check_composites(checkpoint, plan)
     buffers: list[Buffer] = []
     try:
         if into is None:
@@ -101,6 +104,15 @@ def start_load(
     return handle
 
 
+def _check_composites(checkpoint: Checkpoint, plan: LoadPlan) -> None:
+    """Raises now what `LoadHandle.wait` would raise of composites that cannot be built here."""
+    if checkpoint.index.composites:
+        planned = {tensor.name for tensor, _ in plan.tensors}
+        for composite in checkpoint.index.composites:
+            if planned.issuperset(composite.parts.values()):
+                check_composite_kind(composite, checkpoint.path)
+
+
 def start_transfer(
     checkpoint: Checkpoint,
     plan: LoadPlan,
@@ -112,7 +124,8 @@ def start_transfer(
     recorder: SpanRecorder | None = None,
     buffers: Sequence[Buffer] = (),
 ) -> LoadHandle:
-    """Carries out a plan with targets of the caller's own, and returns at once; the handle makes no tensors.
+    """Carries out a plan with targets of the caller's own, and returns at once; the handle makes no tensors, so no
+    composite either: a store may hold for others what it could not build itself.
 
     What a store is made of: `start_load` is this with memory and tensors of its own. `reads`: whether the targets want
     the checkpoint's files open. `buffers` are closed if it fails. Raises what opening the files and `make_targets` raise.

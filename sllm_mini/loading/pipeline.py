@@ -69,10 +69,10 @@ class Pipeline:
             for number in range(len(self._checkpoint.index.partitions) if self._reads else 0):
                 self._readers.append(open_reader(self._checkpoint, number, direct=self.flow.options.direct, stopped=self.flow.has_failed))
             self._targets.extend(make_targets(self.flow, self._readers))
+            self._running = readers = min(max(target.readers for target in self._targets), max(len(self._pending), 1))
         except BaseException:
             self._release()
             raise
-        self._running = readers = min(max(target.readers for target in self._targets), max(len(self._pending), 1))
         beside = [(f"sllm-{name}-{number}", work) for number, target in enumerate(self._targets) for name, work in target.threads()]
         self._threads = [threading.Thread(target=self._beside, args=(work,), name=name) for name, work in beside]
         self._threads += [threading.Thread(target=self._read_chunks, name=f"sllm-read-{number}") for number in range(readers)]
