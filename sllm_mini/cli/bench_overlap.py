@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sllm_mini.cli import terminal
+from sllm_mini.cli.bench_options import FolderOption, KeepOption, RoundsOption, SaveOption, check_writable, deliver
 from sllm_mini.cli.terminal import DeviceOption, JsonOption
 from sllm_mini.lab.units import nbytes_text, seconds_text
 
@@ -20,7 +21,7 @@ def overlap(
         str | None, typer.Argument(metavar="[MODEL]", help="A checkpoint, a Hugging Face directory or a published shape; default: the largest shape that fits.")
     ] = None,
     device: DeviceOption = "cpu",
-    rounds: Annotated[int, typer.Option("--rounds", min=1, max=1000, metavar="N", help="How often each start is measured.")] = 5,
+    rounds: RoundsOption = 5,
     tokens: Annotated[
         list[int] | None,
         typer.Option("--tokens", min=1, metavar="N", help="Length of the prompt; repeatable. Default: a short one, and one whose prefill takes as long as the load."),
@@ -28,10 +29,10 @@ def overlap(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, metavar="N", help="Threads that compute, on a processor; default: all, so that the load shares them.")
     ] = None,
-    folder: Annotated[Path | None, typer.Option("--dir", metavar="FOLDER", help="Where files are prepared: the disk that is measured.", file_okay=False)] = None,
-    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the prepared files for the next run.")] = False,
+    folder: FolderOption = None,
+    keep: KeepOption = False,
     json: JsonOption = False,
-    save: Annotated[Path | None, typer.Option("--save", metavar="FILE", help="Write the JSON document there too.", dir_okay=False)] = None,
+    save: SaveOption = None,
     picture: Annotated[Path | None, typer.Option("--picture", metavar="FILE", help="Draw bytes against layers for the last prompt (PNG).", dir_okay=False)] = None,
 ) -> None:
     """Time the first token of a cold model: loaded then run, run while loading, and load and prefill alone.
@@ -39,23 +40,14 @@ def overlap(
     All four take turns in shuffled rounds, each from a cold page cache, so that a noisy minute hurts all of them.
     """
     from sllm_mini.device import get_device
-    from sllm_mini.lab.bench.document import save_document
     from sllm_mini.lab.overlap import Options, described_overlap, measure_overlap
 
-    for target in (save, picture):
-        if target is not None and not target.absolute().parent.is_dir():
-            raise FileNotFoundError(2, "there is no such folder; make it first", str(target.parent))
+    check_writable(save, picture)
     options = Options(rounds=rounds, tokens=tuple(tokens or ()), device=get_device(device).name, threads=threads)
     with terminal.stage_progress() as stage:
         document, starts = measure_overlap(model, options=options, folder=folder, keep=keep, on_stage=stage)
-    if save is not None:
-        save_document(document, save)
-    if picture is not None:
-        described_overlap(starts, title=f"{document['model']['name']}, a prompt of {terminal.count(document['prompts'][-1]['tokens'], 'token')}").save(picture)
-    if json:
-        terminal.emit_json(document)
-    else:
-        _print(document)
+    title = f"{document['model']['name']}, a prompt of {terminal.count(document['prompts'][-1]['tokens'], 'token')}"
+    deliver(document, _print, json=json, save=save, picture=picture, draw=lambda: described_overlap(starts, title=title))
 
 
 def _print(document: dict[str, Any]) -> None:
@@ -68,7 +60,8 @@ def _print(document: dict[str, Any]) -> None:
         console.print(_table(document, prompt))
         console.print(f"first token over the target: {_ratio(prompt, 'ratio_to_target')} (the target is 1.1 × max(load, prefill) + one layer)")
         console.print(f"loaded then run over run while loading: {_ratio(prompt, 'serial_over_overlapped')}")
-        console.print(f"over what bytes in order allow if nothing competes: {_ratio(prompt, 'ratio_to_pipeline')}", style="dim")
+        built = f" and the module, built after {seconds_text(prompt['built_seconds_median'])}," if "built_seconds_median" in prompt else ""
+        console.print(f"over what bytes in order{built} allow if nothing competes: {_ratio(prompt, 'ratio_to_pipeline')}", style="dim")
         if "ratio_to_work_median" in prompt:
             cores = terminal.count(document["limits"]["processor_count"], "processor")
             console.print(f"over the processor time of both parts, shared by {cores}: {_ratio(prompt, 'ratio_to_work')}", style="dim")

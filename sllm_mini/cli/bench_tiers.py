@@ -8,6 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from sllm_mini.cli import terminal
+from sllm_mini.cli.bench_options import (
+    FolderOption,
+    KeepOption,
+    RoundsOption,
+    SaveOption,
+    check_writable,
+    deliver,
+    print_skipped,
+)
 from sllm_mini.cli.terminal import JsonOption
 from sllm_mini.lab.units import nbytes_text, rate_text, seconds_text
 
@@ -17,38 +26,28 @@ def tiers(
         str | None,
         typer.Argument(metavar="[MODEL]", help='A Hugging Face directory, a published shape, "small" or "tiny"; default: the largest shape that fits.'),
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, max=1000, metavar="N", help="How often each step is measured.")] = 5,
+    rounds: RoundsOption = 5,
     also: Annotated[list[str] | None, typer.Option("--also", metavar="MODEL", help="Another model to attach; repeatable. Default: tiny and opt-125m.")] = None,
     huge_pages: Annotated[bool, typer.Option("--huge-pages", help="As root, let the kernel give huge pages for the run; its settings are set back.")] = False,
     no_gpu: Annotated[bool, typer.Option("--no-gpu", help="Leave out the GPU where there is one.")] = False,
-    folder: Annotated[Path | None, typer.Option("--dir", metavar="FOLDER", help="Where files are prepared: the disk that is measured.", file_okay=False)] = None,
-    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the prepared files for the next run.")] = False,
+    folder: FolderOption = None,
+    keep: KeepOption = False,
     json: JsonOption = False,
-    save: Annotated[Path | None, typer.Option("--save", metavar="FILE", help="Write the JSON document there too.", dir_okay=False)] = None,
+    save: SaveOption = None,
     picture: Annotated[Path | None, typer.Option("--picture", metavar="FILE", help="Draw how near each load comes to its limit (PNG).", dir_okay=False)] = None,
 ) -> None:
     """Load one model from every tier of the store, attach it from another process, and say how near each comes to its limit.
 
     Steps take turns in shuffled rounds, each with its limit measured in the same round. Every load ends with a sum over every byte.
     """
-    from sllm_mini.lab.bench.document import save_document
     from sllm_mini.lab.tiers import Options, described_tiers, measure_tiers
     from sllm_mini.lab.tiers.measure import ALSO
 
-    for target in (save, picture):
-        if target is not None and not target.absolute().parent.is_dir():
-            raise FileNotFoundError(2, "there is no such folder; make it first", str(target.parent))
+    check_writable(save, picture)
     options = Options(rounds=rounds, also=ALSO if also is None else tuple(also), huge_pages=huge_pages, gpu=not no_gpu)
     with terminal.stage_progress() as stage:
         document = measure_tiers(model, options=options, folder=folder, keep=keep, on_stage=stage)
-    if save is not None:
-        save_document(document, save)
-    if picture is not None:
-        described_tiers(document).save(picture)
-    if json:
-        terminal.emit_json(document)
-    else:
-        _print(document)
+    deliver(document, _print, json=json, save=save, picture=picture, draw=lambda: described_tiers(document))
 
 
 def _print(document: dict[str, Any]) -> None:
@@ -73,7 +72,4 @@ def _print(document: dict[str, Any]) -> None:
         console.print(table)
         if made.note:
             console.print(made.note, style="dim")
-    if document["skipped"]:
-        console.print()
-    for skipped in document["skipped"]:
-        console.print(f"skipped: {skipped['name']}: {skipped['reason']}", style="yellow")
+    print_skipped(console, document)

@@ -159,15 +159,15 @@ def _median(series: Series, counter: str) -> float | None:
     return statistics.median(found) if found else None
 
 
-def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A saved document. Raises FormatError for a file that is not one, OSError if it cannot be read."""
+def read_document(path: str | os.PathLike[str], kind: str = KIND) -> dict[str, Any]:
+    """A saved document of a bench. Raises FormatError for a file that is none of that kind, OSError if it cannot be read."""
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise FormatError(f"it is not JSON ({error})", path=path) from error
     missing = sorted(_NEEDED - document.keys()) if isinstance(document, dict) else sorted(_NEEDED)
-    if missing or document["kind"] != KIND:
-        raise FormatError(f"it is not what `{KIND} --save` writes" + (f"; it lacks {', '.join(missing)}" if missing else ""), path=path)
+    if missing or document["kind"] != kind:
+        raise FormatError(f"it is not what `{kind} --save` writes" + (f"; it lacks {', '.join(missing)}" if missing else ""), path=path)
     return dict(document)
 
 

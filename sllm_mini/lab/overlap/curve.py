@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sllm_mini.inference.overlap import COMPUTE_LANE, WAIT_LANE
+from sllm_mini.lab.bench.document import read_document
 from sllm_mini.lab.figure import Described, describe
-from sllm_mini.lab.overlap.document import TARGET_FACTOR, prompt_rows, read_overlap
-from sllm_mini.lab.overlap.parts import Parts, Prediction, built_seconds
+from sllm_mini.lab.overlap.document import KIND, TARGET_FACTOR, prompt_rows
+from sllm_mini.lab.overlap.parts import Parts, Prediction
 from sllm_mini.lab.overlap.picture import arrival_seconds
 from sllm_mini.lab.overlap.start import Start
 from sllm_mini.lab.recorded import recorded_note, recorded_runs
@@ -92,13 +93,13 @@ def _ascending(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def predictions_text(parts: Parts, predictions: Sequence[Prediction]) -> str:
     """Where overlap can gain most, and what stands in its way."""
     best = max(predictions, key=lambda one: one.serial / one.overlapped)
-    bounds = {"the pipeline": best.pipeline, "the processor time of both over the processors": best.work, "building the module, then the prefill,": best.built}
-    bound = max(bounds, key=lambda name: bounds[name])
+    begins = "the module" if parts.model_seconds > parts.load.seconds * parts.embedding_share() else "the embedding's bytes"
+    bound = f"the pipeline is the bound, which begins with {begins}" if best.pipeline > best.work else "the processor time of both over the processors is the bound"
     return (
         f"The load alone takes {seconds_text(parts.load.seconds)}, and the embedding is {share_text(parts.embedding_share())} of its bytes; the "
         f"module is built after {seconds_text(parts.model_seconds)}. The most is to be "
         f"gained with a prompt of {best.tokens} tokens: {seconds_text(best.serial)} becomes {seconds_text(best.overlapped)} (x{best.serial / best.overlapped:.2f}), "
-        f"where {bound} is the bound."
+        f"where {bound}."
     )
 
 
@@ -124,7 +125,10 @@ def first_token_table(document: Mapping[str, Any]) -> Table:
         work = ratio_text(prompt, "ratio_to_work") if "ratio_to_work_median" in prompt else ""
         cells.append((str(prompt["tokens"]), *times, *ratios, work))
     headers = ("tokens", "load", "prefill", "load, then run", "run while loading", "gain", "to the pipeline", "to the work")
+    built = [prompt["built_seconds_median"] for prompt in document["prompts"] if "built_seconds_median" in prompt]
     note = "Ratios are medians of the rounds' own ratios, in brackets the least and the most."
+    if built:
+        note += f" The pipeline begins with the module, which was built after {seconds_text(min(built))} to {seconds_text(max(built))}, or with the first bytes."
     return Table(headers, tuple(cells), caption="The first token", note=note, numeric=frozenset(range(8)))
 
 
@@ -174,7 +178,7 @@ def recorded_overlap(name: str) -> Described | str:
     runs = recorded_runs(name)
     if not runs:
         return recorded_note(name)
-    document = read_overlap(next(iter(runs.values())))
+    document = read_document(next(iter(runs.values())), KIND)
     return describe(plot_first_token(document), first_token_alt_text(document), caption=f"{recorded_note(name)} {gain_text(document)}")
 
 
@@ -198,11 +202,11 @@ def take_away_text(document: Mapping[str, Any], starts: Sequence[Start]) -> str:
 
 def start_text(start: Start) -> str:
     """What the first layer had to wait for in a recorded start, and how long layers waited for bytes and computed."""
-    there, built = arrival_seconds(start)[0][1], built_seconds(start)
+    there, built = arrival_seconds(start)[0][1], start.built_seconds
     began = next(span.end for span in start.spans if span.lane == WAIT_LANE) - start.begin
     later = "the module" if built > there else "its bytes"
-    waited, computed = (sum(span.seconds for span in start.spans if span.lane == lane) for lane in (WAIT_LANE, COMPUTE_LANE))
     return (
         f"the {start.layers[0].name}'s bytes are there after {seconds_text(there)}, the module is built after {seconds_text(built)} (the later is {later}), the "
-        f"first layer runs at {seconds_text(began)}; layers wait {seconds_text(waited)} for bytes and compute {seconds_text(computed)}; first token {seconds_text(start.seconds)}"
+        f"first layer runs at {seconds_text(began)}; layers wait {seconds_text(start.lane_seconds(WAIT_LANE))} for bytes and compute "
+        f"{seconds_text(start.lane_seconds(COMPUTE_LANE))}; first token {seconds_text(start.seconds)}"
     )

@@ -1,25 +1,22 @@
-"""The JSON document of `bench overlap`: what was measured, and how near it comes to what can be. Pure but for reading files.
+"""The JSON document of `bench overlap`: what was measured, and how near it comes to what can be. Pure.
 
 Of each prompt, round by round: `target_seconds` is 1.1 × max(load, prefill) + one layer, where one layer is the larger
 of a decoder layer's share of the load (by bytes) and of the prefill (by count); `ratio_to_target` is the overlapped
 first token over it, so at most 1 meets it. `serial_over_overlapped` is what overlap gains. `pipeline_seconds` is the
-earliest first token if loading and computing never disturb each other and each layer waits for its bytes alone: layers
-have unequal shares of both, and nothing can run before the first of them is there. `work_seconds` (on a processor only)
-is the processor time of load and prefill over the number of processors: where both compete for the same ones, no
-schedule is faster. Shown in chapter 04.
+earliest first token if loading and computing never disturb each other: the first layer runs when its bytes and the
+module are there (`built_seconds`, of the overlapped start itself), each later one when its bytes are and the layer before
+has run; layers have unequal shares of bytes and of seconds. `work_seconds` (on a processor only) is the processor time of
+load and prefill over the number of processors: where both compete for the same ones, no schedule is faster. A document of
+an earlier version has no `built_seconds`, and its pipeline begins with the bytes alone. Shown in chapter 04.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from sllm_mini.errors import FormatError
 from sllm_mini.lab.overlap.start import MODES, Layer, Mode, Sample
 
 KIND = "sllm-mini bench overlap"
@@ -45,10 +42,11 @@ def one_layer_seconds(layers: Sequence[Layer], load: float, prefill: float) -> f
     return max(load * max(layer.nbytes for layer in inner) / sum(layer.nbytes for layer in layers), prefill / len(inner))
 
 
-def pipeline_seconds(layers: Sequence[Layer], layer_seconds: Sequence[float], load: float, prefill: float) -> float:
-    """When the first token can come if bytes arrive in order at the load's mean rate and layers compute in their order."""
+def pipeline_seconds(layers: Sequence[Layer], layer_seconds: Sequence[float], load: float, prefill: float, built: float = 0.0) -> float:
+    """When the first token can come if bytes arrive in order at the load's mean rate and layers compute in their order, the
+    first of them not before the module is `built`."""
     total_nbytes, total_seconds = sum(layer.nbytes for layer in layers), sum(layer_seconds) or 1.0
-    arrived = end = 0.0
+    arrived, end = 0.0, built
     for layer, seconds in zip(layers, layer_seconds, strict=True):
         arrived += load * layer.nbytes / total_nbytes
         end = max(end, arrived) + prefill * seconds / total_seconds
@@ -78,7 +76,7 @@ def _prompt(series: Series, layers: Sequence[Layer], cores: int | None) -> dict[
         serial, both, load, prefill = (series.samples[mode][number] for mode in MODES)
         layer = one_layer_seconds(layers, load.seconds, prefill.seconds)
         target = TARGET_FACTOR * max(load.seconds, prefill.seconds) + layer
-        pipeline = pipeline_seconds(layers, series.layer_seconds, load.seconds, prefill.seconds)
+        pipeline = pipeline_seconds(layers, series.layer_seconds, load.seconds, prefill.seconds, both.built_seconds or 0.0)
         values = {
             "one_layer_seconds": layer,
             "target_seconds": target,
@@ -90,6 +88,8 @@ def _prompt(series: Series, layers: Sequence[Layer], cores: int | None) -> dict[
             "serial_over_sum": serial.seconds / (load.seconds + prefill.seconds),
             "overlapped_cpu_over_parts": both.cpu_seconds / (load.cpu_seconds + prefill.cpu_seconds),
         }
+        if both.built_seconds is not None:
+            values["built_seconds"] = both.built_seconds
         if cores is not None:
             work = (load.cpu_seconds + prefill.cpu_seconds) / cores
             values |= {"work_seconds": work, "ratio_to_work": both.seconds / work}
@@ -124,17 +124,6 @@ def _row(series: Series, mode: Mode, layers: Sequence[Layer], prompt: Mapping[st
 
 def _median(samples: Iterable[Sample]) -> float:
     return statistics.median(sample.seconds for sample in samples)
-
-
-def read_overlap(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A saved document. Raises FormatError for a file that is not one, OSError if it cannot be read."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"it is not JSON ({error})", path=path) from error
-    if not isinstance(document, dict) or document.get("kind") != KIND:
-        raise FormatError(f"it is not what `{KIND} --save` writes", path=path)
-    return document
 
 
 def prompt_rows(document: Mapping[str, Any], tokens: int) -> dict[Mode, dict[str, Any]]:

@@ -80,7 +80,7 @@ def measure_overlap(
     root = Path(folder) if folder is not None else workspace() / "bench"
     say = on_stage or (lambda _: None)
     name = os.fspath(model) if model is not None else fitting_shape(workspace(), on_gpu=options.device != "cpu")
-    with _prepared(name, root, keep, say) as (checkpoint, weights):
+    with prepared_checkpoint(name, root, keep, say) as (checkpoint, weights):
         bench = _Bench(checkpoint, options, say)
         with _threads(options.threads) as threads:
             series = bench.run()
@@ -100,7 +100,7 @@ def measure_overlap(
 
 
 @contextmanager
-def _prepared(name: str, root: Path, keep: bool, say: Callable[[str], None]) -> Iterator[tuple[Checkpoint, str]]:
+def prepared_checkpoint(name: str, root: Path, keep: bool, say: Callable[[str], None]) -> Iterator[tuple[Checkpoint, str]]:
     """The checkpoint that a name means, and what its weights are."""
     if (Path(name) / "index.json").exists():
         yield open_checkpoint(name), "the checkpoint's own"
@@ -136,8 +136,6 @@ def _threads(count: int | None) -> Iterator[int]:
 class _Bench:
     def __init__(self, checkpoint: Checkpoint, options: Options, say: Callable[[str], None]) -> None:
         self.checkpoint, self.options, self.say = checkpoint, options, say
-        self.paths = [checkpoint.path / partition.file for partition in checkpoint.index.partitions]
-        flush(self.paths)
 
     def run(self) -> list[Series]:
         self.say("a first start of each kind, untimed")
@@ -159,7 +157,7 @@ class _Bench:
         return [Series(count, why, shares[count], {mode: found[count, mode] for mode in MODES}) for count, why in wanted.items()]
 
     def record(self, mode: Mode, count: int) -> Start:
-        self._make_state()
+        make_state(self.checkpoint, self.options.device)
         return record_start(self.checkpoint, mode, prompt_of(count), self.options.device)
 
     def _balanced(self) -> int:
@@ -177,13 +175,17 @@ class _Bench:
         return int(config.get("max_position_embeddings") or config.get("n_positions") or 2048) - 1
 
     def _sample(self, mode: Mode, count: int) -> Sample:
-        self._make_state()
+        make_state(self.checkpoint, self.options.device)
         return time_start(self.checkpoint, mode, prompt_of(count), self.options.device)
 
-    def _make_state(self) -> None:
-        make_cold(self.paths)
-        if self.options.device == "cpu":
-            back_memory(int(self.checkpoint.nbytes * _BACKED_SHARE))
+
+def make_state(checkpoint: Checkpoint, device: str) -> None:
+    """A checkpoint out of the page cache, and memory for it that the host has backed. Raises what `make_cold` raises."""
+    paths = [checkpoint.path / partition.file for partition in checkpoint.index.partitions]
+    flush(paths)  # what was only just written could not leave the page cache
+    make_cold(paths)
+    if device == "cpu":
+        back_memory(int(checkpoint.nbytes * _BACKED_SHARE))
 
 
 def prompt_of(count: int) -> list[int]:

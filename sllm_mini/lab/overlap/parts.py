@@ -1,9 +1,9 @@
 """What a cold start is made of, measured alone, and the first token that follows from it for any prompt.
 
 `measure_parts` measures a load and a few prefills; `Parts.predict` is arithmetic on them. The pipeline's formula is
-`document.pipeline_seconds`: bytes arrive in order at the load's mean rate, layers compute in their order. Where load and
-arithmetic share the same processors, their processor time over the number of processors is a second bound.
-Shown in chapter 04.
+`document.pipeline_seconds`: bytes arrive in order at the load's mean rate, layers compute in their order, and the first
+waits for the module, too. Where load and arithmetic share the same processors, their processor time over the number of
+processors is a second bound. Shown in chapter 04.
 """
 
 from __future__ import annotations
@@ -14,29 +14,24 @@ from dataclasses import dataclass
 
 from sllm_mini.checkpoint import Checkpoint
 from sllm_mini.device.cpu import cpu_count
-from sllm_mini.lab.bench.conditions import back_memory, make_cold
-from sllm_mini.lab.bench.prepare import flush
 from sllm_mini.lab.overlap.document import pipeline_seconds
-from sllm_mini.lab.overlap.measure import prompt_of
+from sllm_mini.lab.overlap.measure import make_state, prompt_of
 from sllm_mini.lab.overlap.picture import arrival_seconds
 from sllm_mini.lab.overlap.start import Layer, Mode, Sample, Start, record_start, time_start
 from sllm_mini.types import Span, Warmth
 
-_BACKED_SHARE = 1.1
 _LONGEST_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Seconds to the first token of one prompt. `work`: the bound of shared processors, 0 where they are not shared; `built`:
-    a prefill that begins once the module is built, whatever bytes are there."""
+    """Seconds to the first token of one prompt. `work`: the bound of shared processors, 0 where they are not shared."""
 
     tokens: int
     load: float
     prefill: float
     pipeline: float
     work: float
-    built: float
 
     @property
     def serial(self) -> float:
@@ -44,7 +39,7 @@ class Prediction:
 
     @property
     def overlapped(self) -> float:
-        return max(self.pipeline, self.work, self.built)
+        return max(self.pipeline, self.work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +75,9 @@ class Parts:
     def predict(self, tokens: int) -> Prediction:
         """The first token of a prompt of that length, serial and overlapped."""
         seconds, cpu = self.prefill(tokens)
-        pipeline = pipeline_seconds(self.layers, self.layer_seconds, self.load.seconds, seconds)
+        pipeline = pipeline_seconds(self.layers, self.layer_seconds, self.load.seconds, seconds, self.model_seconds)
         work = (self.load.cpu_seconds + cpu) / self.cores if self.cores else 0.0
-        return Prediction(tokens, self.load.seconds, seconds, pipeline, work, self.model_seconds + seconds)
+        return Prediction(tokens, self.load.seconds, seconds, pipeline, work)
 
     def balanced(self, *, least: int = 1, most: int = _LONGEST_TOKENS) -> int:
         """The prompt whose prefill takes as long as the load, where overlap can gain most; within `least` and `most`."""
@@ -94,8 +89,8 @@ class Parts:
 
 
 def record_cold(checkpoint: Checkpoint, mode: Mode, tokens: int, device: str = "cpu") -> Start:
-    """One recorded start from a cold page cache. Raises what `make_cold` and `record_start` raise."""
-    _make_state(checkpoint, device)
+    """One recorded start from a cold page cache. Raises what `make_state` and `record_start` raise."""
+    make_state(checkpoint, device)
     return record_start(checkpoint, mode, prompt_of(tokens), device)
 
 
@@ -104,13 +99,13 @@ def measure_parts(checkpoint: Checkpoint, lengths: Sequence[int] = (4, 48, 160),
 
     Costs a cold load for each sample. Raises what `record_cold` raises and ValueError for fewer than two lengths.
     """
-    serial = record_cold(checkpoint, "serial", lengths[len(lengths) // 2], device)
     loads: list[Sample] = []
     prefills: dict[int, list[Sample]] = {tokens: [] for tokens in sorted(lengths)}
     for tokens in prefills:
         time_start(checkpoint, "prefill", prompt_of(tokens), device)
+    serial = record_cold(checkpoint, "serial", lengths[len(lengths) // 2], device)
     for _ in range(rounds):
-        _make_state(checkpoint, device)
+        make_state(checkpoint, device)
         loads.append(time_start(checkpoint, "load", prompt_of(1), device))
         for tokens, samples in prefills.items():
             samples.append(time_start(checkpoint, "prefill", prompt_of(tokens), device))
@@ -120,7 +115,7 @@ def measure_parts(checkpoint: Checkpoint, lengths: Sequence[int] = (4, 48, 160),
         load=_middle(loads),
         prefills=tuple((tokens, _middle(samples)) for tokens, samples in prefills.items()),
         cores=cpu_count() if device == "cpu" else None,
-        model_seconds=built_seconds(serial),
+        model_seconds=serial.built_seconds,
     )
 
 
@@ -128,24 +123,11 @@ def _middle(samples: Sequence[Sample]) -> Sample:
     return sorted(samples, key=lambda sample: sample.seconds)[len(samples) // 2]
 
 
-def _make_state(checkpoint: Checkpoint, device: str) -> None:
-    paths = [checkpoint.path / partition.file for partition in checkpoint.index.partitions]
-    flush(paths)  # what was only just written could not leave the page cache
-    make_cold(paths)
-    if device == "cpu":
-        back_memory(int(checkpoint.nbytes * _BACKED_SHARE))
-
-
 def prompt_lengths(parts: Parts, *, least: int = 24, most: int = 128) -> tuple[int, ...]:
     """Four prompts from load-bound to compute-bound, the balanced one last; it is kept within `least` and `most`, so
     that a machine on which one side never wins still measures both directions."""
     middle = parts.balanced(least=least, most=most)
     return max(1, middle // 8), max(2, middle // 3), 3 * middle, middle
-
-
-def built_seconds(start: Start) -> float:
-    """When the module was built and filled with tensors, so that a pass could begin; seconds since the start."""
-    return next(span.end for span in start.spans if span.name == "fill") - start.begin
 
 
 def phases(start: Start) -> list[Span]:

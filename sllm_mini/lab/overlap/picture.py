@@ -123,10 +123,9 @@ def overlap_alt_text(starts: Sequence[Start], *, title: str = "") -> str:
     """What the picture shows, in words: of each start the first token, the last byte, and how long layers waited and computed."""
     parts = []
     for start in starts:
-        waited, computed = (sum(span.seconds for span in start.spans if span.lane == lane) for lane in (WAIT_LANE, COMPUTE_LANE))
         last = max((high for _, high in arrival_seconds(start)), default=0.0)
         parts.append(
             f"{_TITLES.get(start.mode, start.mode)}: the last of the bytes of {len(start.layers)} layers is there after {seconds_text(last)}, "
-            f"the first token after {seconds_text(start.seconds)}; layers wait {seconds_text(waited)} and compute {seconds_text(computed)} in all."
+            f"the first token after {seconds_text(start.seconds)}; layers wait {seconds_text(start.lane_seconds(WAIT_LANE))} and compute {seconds_text(start.lane_seconds(COMPUTE_LANE))} in all."
         )
     return " ".join([f"{title}." if title else "", *parts]).strip()

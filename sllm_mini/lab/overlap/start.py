@@ -15,8 +15,8 @@ from typing import Literal
 from sllm_mini.checkpoint import Checkpoint
 from sllm_mini.errors import UnsupportedError
 from sllm_mini.inference import Engine
-from sllm_mini.inference.overlap import COMPUTE_LANE, stream_model
-from sllm_mini.loading import load_model, start_load
+from sllm_mini.inference.overlap import COMPUTE_LANE, StreamedModel, stream_model
+from sllm_mini.loading import LoadHandle, load_model, start_load
 from sllm_mini.types import Span, SpanRecorder
 
 Mode = Literal["serial", "overlapped", "load", "prefill"]
@@ -25,11 +25,15 @@ MODES: tuple[Mode, ...] = ("serial", "overlapped", "load", "prefill")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """How long one start took, the processor time of all its threads in it, and the token it gave (a load gives none)."""
+    """How long one start took, the processor time of all its threads in it, and the token it gave (a load gives none).
+
+    `built_seconds`: of an overlapped start, until the module was there with all its tensors, so that a pass could begin.
+    """
 
     seconds: float
     cpu_seconds: float
     token_id: int | None
+    built_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,15 @@ class Start:
         """From the first byte asked for to the first token."""
         return max(span.end for span in self.spans) - self.begin
 
+    @property
+    def built_seconds(self) -> float:
+        """Until the module was there with all its tensors, so that a pass could begin."""
+        return next(span.end for span in self.spans if span.name == "fill") - self.begin
+
+    def lane_seconds(self, lane: str) -> float:
+        """All spans of a lane together: `WAIT_LANE` or `COMPUTE_LANE`."""
+        return sum(span.seconds for span in self.spans if span.lane == lane)
+
     def compute_seconds(self) -> list[float]:
         """Of each layer of the index, in order; 0 for one that did not run."""
         found = {span.name: span.seconds for span in self.spans if span.lane == COMPUTE_LANE}
@@ -82,21 +95,20 @@ def time_start(checkpoint: Checkpoint, mode: Mode, prompt: Sequence[int], device
     """
     engine = Engine(load_model(checkpoint, device)) if mode == "prefill" else None
     gc.collect()
-    token_id = None
+    token_id = built = streamed = None
     cpu, started = time.process_time(), time.monotonic()
     if mode == "overlapped":
-        streamed = stream_model(start_load(checkpoint, device))
+        streamed = _streamed(checkpoint, start_load(checkpoint, device))
+        built = time.monotonic() - started
         engine = Engine(streamed.model)
-        if streamed.fallback is not None:
-            raise UnsupportedError(f"{checkpoint.path} cannot run while it loads: {streamed.fallback}; choose another model")
     elif engine is None:
         engine = Engine(load_model(checkpoint, device))
     if mode != "load":
         token_id = next(engine.generate(prompt, max_new_tokens=1)).token_id
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
-    del engine
+    engine = streamed = None
     gc.collect()
-    return Sample(seconds, cpu, token_id)
+    return Sample(seconds, cpu, token_id, built)
 
 
 def record_start(checkpoint: Checkpoint, mode: Mode, prompt: Sequence[int], device: str = "cpu") -> Start:
@@ -106,9 +118,7 @@ def record_start(checkpoint: Checkpoint, mode: Mode, prompt: Sequence[int], devi
     """
     recorder = SpanRecorder()
     loading = start_load(checkpoint, device, recorder=recorder)
-    streamed = stream_model(loading, recorder=recorder)
-    if streamed.fallback is not None:
-        raise UnsupportedError(f"{checkpoint.path} cannot run while it loads: {streamed.fallback}; choose another model")
+    streamed = _streamed(checkpoint, loading, recorder)
     engine = Engine(streamed.model)
     if mode == "serial":
         loading.wait()  # the hooks stay, so that each layer's time is still known
@@ -116,3 +126,11 @@ def record_start(checkpoint: Checkpoint, mode: Mode, prompt: Sequence[int], devi
         next(engine.generate(prompt, max_new_tokens=1))
     streamed.wait()
     return Start(mode, layers_of(checkpoint), tuple(recorder.spans))
+
+
+def _streamed(checkpoint: Checkpoint, loading: LoadHandle, recorder: SpanRecorder | None = None) -> StreamedModel:
+    """The model of a load that it did not have to wait for."""
+    streamed = stream_model(loading, recorder=recorder)
+    if streamed.fallback is not None:
+        raise UnsupportedError(f"{checkpoint.path} cannot run while it loads: {streamed.fallback}; choose another model")
+    return streamed

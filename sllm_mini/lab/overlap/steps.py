@@ -39,7 +39,7 @@ class Step:
 
 
 class HandedOut:
-    """A load (see `inference.overlap.Loading`) whose layers come when `deliver` says so. Safe from several threads."""
+    """A load (see `inference.overlap.Loading`) whose layers come when `deliver` says so, until `fail`. Safe from several threads."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         import torch
@@ -58,7 +58,9 @@ class HandedOut:
         self._changed = threading.Condition()
 
     def deliver(self, layer: str) -> None:
-        """Puts the bytes of one layer in place. Raises ValueError for a layer that the checkpoint does not have."""
+        """Puts the bytes of one layer in place. Raises ValueError for a layer that the checkpoint does not have, and the
+        load's error once it has failed."""
+        self._raise_if_failed()
         number = self.layers.index(layer)
         for entry, offset in self._places:
             if entry.layer == number:
@@ -66,6 +68,14 @@ class HandedOut:
         with self._changed:
             self._there.add(layer)
             self._changed.notify_all()
+
+    def fail(self, error: LoadError) -> None:
+        """Ends the load with `error` and lets go of its memory, unless it has ended already."""
+        with self._changed:
+            if not self.done:
+                self._error = error
+                self._tensors, self._memory = {}, self._memory[:0].clone()
+                self._changed.notify_all()
 
     def settle(self) -> str | None:
         """Waits until the model waits for a layer that is not there, and names it; None once its pass has ended."""
@@ -115,10 +125,7 @@ class HandedOut:
         return self._tensors
 
     def cancel(self) -> None:
-        with self._changed:
-            if not self.done:
-                self._error = LoadCancelled("the load was cancelled", path=self.checkpoint.path)
-                self._changed.notify_all()
+        self.fail(LoadCancelled("the load was cancelled", path=self.checkpoint.path))
 
     def _raise_if_failed(self) -> None:
         if self._error is not None:

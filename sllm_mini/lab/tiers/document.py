@@ -1,4 +1,4 @@
-"""The JSON document of `bench tiers`: what was measured, and how near it comes to what can be. Pure but for reading files.
+"""The JSON document of `bench tiers`: what was measured, and how near it comes to what can be. Pure.
 
 A sample of a row has parts in seconds, and `seconds`, what the row is about. What is held against a limit is, of a load
 whose call returns when every byte is in place and right, that call (`load`); of a file that is only mapped, the total
@@ -9,15 +9,11 @@ most 1 meets it. `seconds_per_gb` is given for page faults. Shown in chapter 03.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from sllm_mini.errors import FormatError
 from sllm_mini.lab.bench.document import load_part
 from sllm_mini.lab.bench.ours import MAPPED
 from sllm_mini.lab.bench.words import LIMIT_LABELS, MAPPED_FILE
@@ -129,14 +125,3 @@ def _median(samples: Mapping[int, Mapping[str, float]], name: str) -> float:
 def rows_of(document: Mapping[str, Any], *kinds: Kind) -> list[dict[str, Any]]:
     """The results of these kinds, in the order in which they were measured."""
     return [row for row in document["results"] if row["kind"] in kinds]
-
-
-def read_tiers(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A saved document. Raises FormatError for a file that is not one, OSError if it cannot be read."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"it is not JSON ({error})", path=path) from error
-    if not isinstance(document, dict) or document.get("kind") != KIND:
-        raise FormatError(f"it is not what `{KIND} --save` writes", path=path)
-    return document

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Self
 from urllib.parse import unquote
 
 from sllm_mini.errors import RemoteError
@@ -32,24 +33,24 @@ class Origin:
 
     def __init__(self, folder: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "sllm_mini.lab.tiers.origin", str(folder.resolve())],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            [sys.executable, "-c", f"from {__name__} import main; main()", str(folder.resolve())],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         said = self._process.stdout.readline() if self._process.stdout is not None else b""
         if not said.strip().isdigit():
             self.close()
-            raise RemoteError("the HTTP server of this bench did not start; see whether a port on the loopback address can be had", path=folder)
+            raise RemoteError("the HTTP server of this bench did not start; its standard error says why", path=folder)
         self.port = int(said)
         self.url = f"http://{_HOST}:{self.port}/model"
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+        for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
 
-    def __enter__(self) -> Origin:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,6 +105,11 @@ def serve(folder: Path) -> None:
     server.shutdown()
 
 
+def main() -> None:
+    """What the process runs; its argument is the folder."""
+    serve(Path(sys.argv[1]))
+
+
 def seconds_to_fetch(port: int, files: Sequence[tuple[str, int]], chunk_nbytes: int, threads: int) -> float:
     """Seconds until `files` (name, bytes), cut into ranges of `chunk_nbytes`, lie in populated memory, `threads` ranges
     under way at a time. Raises RemoteError for an answer that is no range, OSError."""
@@ -136,7 +142,3 @@ def seconds_to_fetch(port: int, files: Sequence[tuple[str, int]], chunk_nbytes: 
         for connection in opened:
             connection.close()
         memory.close()
-
-
-if __name__ == "__main__":
-    serve(Path(sys.argv[1]))

@@ -267,6 +267,8 @@ class Steps:
         gc.collect()
         for model in self.store.models():
             for place in model.places:
+                if place.place == "disk":
+                    continue
                 if place.place == DRAM and not keep:
                     self.store.attach(model.name).close()  # what was lent is never used again
                 _settled(partial(self.store.evict, model.name, place.place))
