@@ -7,6 +7,7 @@ LAB_FLAGS ?=
 TEST_FLAGS ?=
 CHAPTER_FLAGS ?=
 BENCH_FLAGS ?=
+KERNEL_FLAGS ?=
 STAGES ?=
 BUDGET ?= 480
 OUT ?= out/gpu-report
@@ -19,12 +20,12 @@ CHAPTERS := $(sort $(wildcard chapters/[0-9][0-9]_*.ipynb))
 FIRST := $(firstword $(wildcard chapters/00_*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test lint chapters browser picture peers bench gpu-report
+.PHONY: help setup lab test lint chapters browser picture peers kernels bench gpu-report
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  Variables: PYTHON=python3.12, CUDA=auto|12|13|none, PIP_FLAGS, LAB_FLAGS, TEST_FLAGS, CHAPTER_FLAGS, BENCH_FLAGS"
+	@echo "  Variables: PYTHON=python3.12, CUDA=auto|12|13|none, PIP_FLAGS, LAB_FLAGS, TEST_FLAGS, CHAPTER_FLAGS, KERNEL_FLAGS, BENCH_FLAGS"
 	@echo "  and of gpu-report: STAGES, BUDGET (seconds), OUT, REPORT_FLAGS=--rehearse|--list|--again"
 
 setup: $(SETUP) ## make the environment .venv from requirements.lock
@@ -94,6 +95,9 @@ gpu-report: ## record everything on a machine with a CUDA GPU, by PYTHON, into O
 # Without their dependencies: every package that requirements.lock pins stays as it is.
 peers: $(SETUP) ## install the loaders of other projects, to compare with
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-peers.lock
+
+kernels: $(SETUP) ## compile the CUDA kernels ahead of time (KERNEL_FLAGS="--arch sm_90")
+	$(BIN)/sllm-mini kernels $(KERNEL_FLAGS)
 
 bench: $(SETUP) ## measure every loader (BENCH_FLAGS="small --rounds 3"; make peers first)
 	$(BIN)/sllm-mini bench load $(BENCH_FLAGS)

@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Ended, Run
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -28,38 +28,6 @@ from sllm_mini.loading import probe
 from sllm_mini.types import Span, Warmth
 
 COMMANDS = ("tour", "doctor", "make-model", "convert", "export", "inspect", "verify", "load", "generate", "bench")
-
-
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        return json.loads(self.out)
-
-    @property
-    def error(self) -> dict[str, Any]:
-        return json.loads(self.err.splitlines()[-1])["error"]
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process, as the script does."""
-
-    def call(*args: str | Path) -> Ended:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main.main([str(arg) for arg in args])
-        captured = capfd.readouterr()
-        return Ended(ended.value.code if isinstance(ended.value.code, int) else 0, captured.out, captured.err)
-
-    return call
 
 
 def spawn(*args: str | Path, **options: Any) -> subprocess.Popen[str]:

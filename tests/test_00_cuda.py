@@ -10,20 +10,20 @@ import ctypes
 import gc
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
 
-from sllm_mini.device import Buffer, CpuDevice, CudaDevice, HostBuffer, HostMemory, cuda_available, get_device
+from sllm_mini.device import Buffer, CpuDevice, CudaDevice, HostBuffer, HostMemory, get_device
 from sllm_mini.device.cuda import CupyToolkit
 from sllm_mini.device.cuda_memory import DeviceMemory, PinnedMemory
 from sllm_mini.device.cuda_runtime import CudaError
 from sllm_mini.device.fake import RecordingRuntime
 from sllm_mini.device.fake_machine import FREED, FRESH
 from sllm_mini.errors import DeviceError, OutOfMemoryError
-from sllm_mini.resources import resource
 
 MIB = 1 << 20
 
@@ -506,19 +506,20 @@ def test_cupy_arrays_over_our_memory_keep_its_owner(toolkit: CupyToolkit):
     assert gone() is None
 
 
-@pytest.mark.skipif(cuda_available(), reason="this machine has a GPU; the test is about a kernel that cannot be compiled")
-def test_a_kernel_that_cannot_be_compiled_is_a_device_error(toolkit: CupyToolkit):
-    with pytest.raises(DeviceError, match=r"sum64 of .+sum64.cu could not be compiled for cuda:0 \(.+\); NVRTC comes"):
-        toolkit.function(resource("csrc") / "sum64.cu", "sum64", 0)
+def test_a_kernel_that_cannot_be_compiled_is_a_device_error(toolkit: CupyToolkit, tmp_path: Path):
+    source = tmp_path / "wrong.cu"
+    source.write_text("wrong")
+    with pytest.raises(DeviceError, match=r"wrong.cu could not be compiled for sm_90 \(wrong.cu\(1\): error.+\); correct it"):
+        toolkit.compiler.compile(source, (), "sm_90")
 
 
 def test_kernels_are_launched_on_our_streams(toolkit: CupyToolkit, monkeypatch: pytest.MonkeyPatch):
     launches: list[tuple[Any, ...]] = []
-    made: list[tuple[str, Any]] = []
+    made: list[bytes] = []
 
     class Module:
-        def __init__(self, code: str, options: tuple[str, ...]) -> None:
-            made.append((code, options))
+        def load(self, image: bytes) -> None:
+            made.append(image)
 
         def get_function(self, name: str) -> Any:
             return lambda grid, block, args, stream: launches.append((name, grid, block, args, stream.ptr)) or refuse()
@@ -530,11 +531,9 @@ def test_kernels_are_launched_on_our_streams(toolkit: CupyToolkit, monkeypatch: 
             error.status = 719
             raise error
 
-    monkeypatch.setattr(toolkit._cupy, "RawModule", Module)
-    source = resource("csrc") / "sum64.cu"
-    launch = toolkit.function(source, "sum64", 0)
-    toolkit.function(source, "sum64", 1)
-    assert made == [(source.read_text(encoding="utf-8"), ("--std=c++17",))]
+    monkeypatch.setattr(toolkit._cupy.cuda.function, "Module", Module)
+    launch = toolkit.load(b"image", 0)("sum64")
+    assert made == [b"image"]
     launch([4], [256], [1 << 40, 2, 3], 77)
     assert launches == [("sum64", (4,), (256,), (1 << 40, 2, 3), 77)]
     with pytest.raises(toolkit.runtime.CUDARuntimeError) as caught:

@@ -738,7 +738,7 @@ def test_a_rehearsal_goes_through_every_stage_on_a_processor(tmp_path: Path, mon
     shutil.copytree(CHECKOUT / "sllm_mini", checkout / "sllm_mini", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("csrc", "data"):
         (checkout / name).symlink_to(CHECKOUT / name)
-    for name in ("conftest.py", "test_00_survey.py"):
+    for name in ("conftest.py", "command_line.py", "test_00_survey.py"):  # all tests share the first, which imports the second
         shutil.copyfile(CHECKOUT / "tests" / name, checkout / "tests" / name)
     shutil.copyfile(CHECKOUT / "pyproject.toml", checkout / "pyproject.toml")
     shutil.copyfile(CHECKOUT / "Makefile", checkout / "Makefile")

@@ -30,19 +30,11 @@ from sllm_mini.inference import sampler as sampler_module
 from sllm_mini.inference.sampler import choose_token, draw, filter_logits
 from sllm_mini.types import SpanRecorder
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 VOCABULARY = 320
 CONTEXT = 96
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny models lose more to waking threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- tiny models -------------------------------------------------------------------------------------------------
@@ -84,6 +76,17 @@ def tiny(family: str, **changes: Any) -> Any:
                 "init_std": 0.3,
             },
         ),
+        "GPTNeoX": (
+            "GPTNeoXConfig",
+            "GPTNeoXForCausalLM",
+            {k: v for k, v in llama.items() if k != "num_key_value_heads"} | {"rotary_pct": 0.5},
+        ),
+        "GPTNeo": (
+            "GPTNeoConfig",
+            "GPTNeoForCausalLM",
+            {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 6}
+            | {"max_position_embeddings": CONTEXT, "initializer_range": 0.3},
+        ),
         "Bloom": ("BloomConfig", "BloomForCausalLM", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}),
     }
     config_name, model_name, values = settings_of[family]
@@ -120,7 +123,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
-@pytest.mark.parametrize("family", ["Llama", "GPT2", "OPT", "Qwen2", "Mistral", "Gemma3", "Bloom"])
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "OPT", "Qwen2", "GPTNeoX", "Mistral", "Gemma3", "Bloom", "GPTNeo"])
 def test_greedy_tokens_equal_generate(family: str, prompt: list[int]) -> None:
     engine = engine_of(family)
     expected = by_generate(engine.model, prompt, 30)
@@ -187,43 +190,45 @@ def test_pieces_carry_positions_and_times_and_the_timings_add_up() -> None:
     assert list(generation) == []
 
 
-def cache_of(generation: Any) -> weakref.ref[Any]:
-    return weakref.ref(generation._cache)
+def memory_of(engine: Engine) -> weakref.ref[Any]:
+    return weakref.ref(engine.kv.layers[0].keys)
 
 
 def test_the_cache_is_freed_at_the_end_on_close_on_drop_and_on_error() -> None:
-    engine = engine_of("Llama")
+    engine = Engine(tiny("Llama"))
     finished = engine.generate([5], max_new_tokens=2, stop_at_eos=False)
-    cache = cache_of(finished)
-    assert len(list(finished)) == 2 and cache() is None
+    next(finished)
+    memory = memory_of(engine)
+    assert memory() is not None
+    assert len(list(finished)) == 1 and memory() is None and engine.kv.nbytes == 0
 
     closed = engine.generate([5], max_new_tokens=9)
     next(closed)
-    cache = cache_of(closed)
+    memory = memory_of(engine)
     closed.close()
-    assert cache() is None and closed.finish is None and list(closed) == []
+    assert memory() is None and closed.finish is None and list(closed) == []
     closed.close()
 
     with engine.generate([5], max_new_tokens=9) as left:
         next(left)
-        cache = cache_of(left)
-    assert cache() is None
+        memory = memory_of(engine)
+    assert memory() is None
 
     dropped = engine.generate([5], max_new_tokens=9)
     next(dropped)
-    cache = cache_of(dropped)
+    memory = memory_of(engine)
     del dropped
-    assert cache() is None
+    assert memory() is None and engine.requests == ()
 
     broken = Engine(tiny("Llama"))
     failing = broken.generate([5], max_new_tokens=9)
     next(failing)
-    cache = cache_of(failing)
+    memory = memory_of(broken)
     with torch.no_grad():
         broken.model.lm_head.weight.fill_(math.nan)
     with pytest.raises(ModelError, match="LlamaForCausalLM gave logits that are not finite at position 2"):
         next(failing)
-    assert cache() is None
+    assert memory() is None
 
 
 def test_the_consumer_is_never_left_in_inference_mode() -> None:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from sllm_mini.cli import bench_overlap, bench_tiers, terminal
+from sllm_mini.cli import bench_decode, bench_migrate, bench_overlap, bench_tiers, bench_warmup, terminal
+from sllm_mini.cli.bench_options import (
+    FolderOption,
+    KeepOption,
+    RoundsOption,
+    SaveOption,
+    check_writable,
+    deliver,
+    print_skipped,
+)
 from sllm_mini.cli.terminal import DeviceOption, JsonOption
 from sllm_mini.lab.units import nbytes_text, rate_text, seconds_text
 
@@ -40,7 +49,7 @@ def load(
         ),
     ] = None,
     device: DeviceOption = "cpu",
-    rounds: Annotated[int, typer.Option("--rounds", min=1, max=1000, metavar="N", help="How often each loader is measured.")] = 5,
+    rounds: RoundsOption = 5,
     state: Annotated[
         list[_State] | None, typer.Option("--state", help="Only this state of the page cache; may be given twice.")
     ] = None,
@@ -51,38 +60,31 @@ def load(
         Literal["backed", "fresh"],
         typer.Option("--memory", help="Memory that the host of a virtual machine has backed just before each load, or as it comes."),
     ] = "backed",
-    folder: Annotated[
-        Path | None, typer.Option("--dir", metavar="FOLDER", help="Where files are prepared: the disk that is measured.", file_okay=False)
-    ] = None,
-    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the prepared files for the next run.")] = False,
+    folder: FolderOption = None,
+    keep: KeepOption = False,
     json: JsonOption = False,
-    save: Annotated[Path | None, typer.Option("--save", metavar="FILE", help="Write the JSON document there too.", dir_okay=False)] = None,
+    save: SaveOption = None,
     picture: Annotated[Path | None, typer.Option("--picture", metavar="FILE", help="Draw bytes per second against the limits (PNG).", dir_okay=False)] = None,
 ) -> None:
     """Load one model with every loader there is, cold and warm, and say how each compares.
 
     A sample is a load and a sum over every byte, timed together. Loaders take turns in shuffled rounds, so that a noisy minute hurts all of them.
     """
-    from sllm_mini.lab.bench import Options, described_roofline, entries, measure_load, save_document
+    from sllm_mini.lab.bench import Options, described_roofline, entries, measure_load
 
-    for target in (save, picture):
-        _check_writable(target)
+    check_writable(save, picture)
     options = Options(rounds=rounds, states=_states(state), memory=memory, device=_checked(device))
     chosen = entries(options.device, ladder=not no_ladder, with_peers=not no_peers, only=only or ())
     with terminal.stage_progress() as stage:
         document = measure_load(model, options=options, loaders=chosen, folder=folder, keep=keep, on_stage=stage)
-    if save is not None:
-        save_document(document, save)
-    if picture is not None:
-        described_roofline(document).save(picture)
-    if json:
-        terminal.emit_json(document)
-    else:
-        _print(document)
+    deliver(document, _print, json=json, save=save, picture=picture, draw=lambda: described_roofline(document))
 
 
 app.command("tiers")(bench_tiers.tiers)
 app.command("overlap")(bench_overlap.overlap)
+app.command("warmup")(bench_warmup.warmup)
+app.command("decode")(bench_decode.decode)
+app.command("migrate")(bench_migrate.migrate)
 
 
 def _states(asked: list[_State] | None) -> tuple[Literal["cold", "warm"], ...]:
@@ -95,11 +97,6 @@ def _checked(device: str) -> str:
     from sllm_mini.device import get_device
 
     return get_device(device).name
-
-
-def _check_writable(target: Path | None) -> None:
-    if target is not None and not target.absolute().parent.is_dir():
-        raise FileNotFoundError(2, "there is no such folder; make it first", str(target.parent))
 
 
 def _print(document: dict[str, Any]) -> None:
@@ -122,10 +119,7 @@ def _print(document: dict[str, Any]) -> None:
             console.print(_table(rows, state, document["reference"]))
             if note := share_note(rows):
                 console.print(note, style="dim")
-    if document["skipped"]:
-        console.print()
-    for skipped in document["skipped"]:
-        console.print(f"skipped: {skipped['name']}: {skipped['reason']}", style="yellow")
+    print_skipped(console, document)
 
 
 def _limit(document: dict[str, Any], name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sllm_mini.device.cuda_memory import DeviceMemory, OpenedMemory, PinnedMemory, PinnedRange
 from sllm_mini.device.cuda_runtime import Binding, CudaRuntime, Launcher, Toolkit
 from sllm_mini.device.cuda_stream import CudaStream
+from sllm_mini.device.kernels_image import KernelFolders
 from sllm_mini.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class CudaDevice:
         self.name = self.binding.name
         self.index = index
         self.toolkit = toolkit
-        self.kernels: dict[str, Any] = {}  # by file, filled by kernels.load_kernels
+        self.kernels: dict[str, Any] = {}  # by file and options, filled by kernels.load_kernels
 
     def __repr__(self) -> str:
         return f"CudaDevice({self.name!r})"
@@ -93,6 +94,11 @@ class CudaDevice:
     def stream(self) -> CudaStream:
         return CudaStream(self.binding)
 
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Captures torch's and our launches in `work` as a CUDA graph and returns what replays them, see `Toolkit`."""
+        with self.binding.active("capture a graph"):
+            return self.toolkit.capture(work, self.index)
+
     def synchronize(self) -> None:
         with self.binding.active("finish its work") as runtime:
             runtime.deviceSynchronize()
@@ -105,7 +111,7 @@ class CupyToolkit:
         import cupy
 
         self._cupy: Any = cupy
-        self._modules: dict[Path, Any] = {}
+        self._pools: dict[int, Any] = {}  # memory that the graphs of a GPU share: none runs beside another
         self._lock = threading.Lock()
 
     @property
@@ -128,32 +134,60 @@ class CupyToolkit:
         memory = cupy.cuda.UnownedMemory(address, nbytes, owner, index)
         return cupy.ndarray((nbytes,), cupy.uint8, cupy.cuda.MemoryPointer(memory, 0))
 
-    def function(self, source: Path, name: str, index: int) -> Launcher:
-        """Called with the GPU current. Costs ~0.3 s for a new source, ~1 ms from cupy's cache on disk."""
-        cupy = self._cupy
+    @cached_property
+    def compiler(self) -> NvrtcCompiler:
+        return NvrtcCompiler()
+
+    @cached_property
+    def kernel_folders(self) -> KernelFolders:
+        return KernelFolders.of_user()
+
+    def load(self, image: bytes, index: int) -> Callable[[str], Launcher]:
+        driver = self._cupy.cuda.driver
+        module = self._cupy.cuda.function.Module()
         try:
-            with self._lock:
-                if source not in self._modules:
-                    _preload_nvrtc(self.runtime)
-                    code = source.read_text(encoding="utf-8")
-                    self._modules[source] = cupy.RawModule(code=code, options=("--std=c++17",))
-                kernel = self._modules[source].get_function(name)
-        except (RuntimeError, OSError, cupy.cuda.compiler.CompileException) as error:
-            raise DeviceError(
-                f"{name} of {source} could not be compiled for cuda:{index} ({error});"
-                f" NVRTC comes with the CUDA toolkit or with pip install nvidia-cuda-nvrtc"
-            ) from error
+            module.load(image)
+        except driver.CUDADriverError as error:
+            raise DeviceError(f"cuda:{index} cannot run this compiled kernel ({error}); update the driver or delete it") from error
 
-        def launch(grid: Sequence[int], block: Sequence[int], args: Sequence[object], handle: int) -> None:
-            # `stream` goes through RawKernel to Function.__call__ in cupy 13 and 14; ExternalStream, which the
-            # documentation of 13 shows, is deprecated in 14.
+        def function(name: str) -> Launcher:
             try:
-                kernel(tuple(grid), tuple(block), tuple(args), stream=_Handle(handle))
-            except cupy.cuda.driver.CUDADriverError as error:
-                self.runtime.check_status(error.status)  # the same numbers; raises the runtime's error
-                raise
+                found = module.get_function(name)
+            except driver.CUDADriverError as error:
+                raise DeviceError(f"the compiled kernels have no function {name!r} ({error}); name one of the source") from error
 
-        return launch
+            def launch(grid: Sequence[int], block: Sequence[int], args: Sequence[object], handle: int) -> None:
+                # An object with `ptr` is all that cupy 13 and 14 ask of a stream; ExternalStream, which the documentation
+                # of 13 shows, is deprecated in 14.
+                try:
+                    found(tuple(grid), tuple(block), tuple(args), stream=_Handle(handle))
+                except driver.CUDADriverError as error:
+                    self.runtime.check_status(error.status)  # the same numbers; raises the runtime's error
+                    raise
+
+            return launch
+
+        return function
+
+    def capture(self, work: Callable[[], None], index: int) -> Callable[[], None]:
+        import torch
+
+        try:
+            with torch.cuda.device(index):
+                before, side = torch.cuda.current_stream(), torch.cuda.Stream()
+                side.wait_stream(before)
+                with torch.cuda.stream(side):  # libraries make their handles and workspaces here, not in the graph
+                    for _ in range(2):
+                        work()
+                before.wait_stream(side)
+                with self._lock:  # a capture forbids other threads' allocations, and the graphs of a GPU share their memory
+                    pool = self._pools.setdefault(index, torch.cuda.graph_pool_handle())
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool=pool):
+                        work()
+        except RuntimeError as error:
+            raise DeviceError(f"this work cannot be captured on cuda:{index} ({error}); run it without a graph") from error
+        return graph.replay
 
     def torch_stream(self, handle: int, index: int) -> AbstractContextManager[object]:
         import torch
@@ -164,6 +198,39 @@ class CupyToolkit:
         import torch
 
         return torch.cuda.current_stream(index).cuda_stream
+
+
+class NvrtcCompiler:
+    """CUDA's own compiler for use at run time. Needs no GPU and no driver. Safe from several threads."""
+
+    @cached_property
+    def version(self) -> str:
+        nvrtc = _nvrtc()
+        try:
+            return "NVRTC {}.{}".format(*nvrtc.getVersion())
+        except RuntimeError as error:
+            raise DeviceError(f"there is no NVRTC ({error}); it comes with the CUDA toolkit or with pip install nvidia-cuda-nvrtc") from error
+
+    def compile(self, source: Path, options: Sequence[str], architecture: str) -> bytes:
+        """As `Compiler.compile`; ~0.3 to 1 s a source. Raises DeviceError where there is no NVRTC, too."""
+        nvrtc, _ = _nvrtc(), self.version
+        program = nvrtc.createProgram(source.read_text(encoding="utf-8"), source.name, (), ())
+        try:
+            nvrtc.compileProgram(program, ("--std=c++17", f"-arch={architecture}", *options))
+            image: bytes = nvrtc.getCUBIN(program)
+        except RuntimeError as error:
+            first = next(iter(nvrtc.getProgramLog(program).strip().splitlines()), error)
+            raise DeviceError(f"{source} could not be compiled for {architecture} ({first}); correct it") from error
+        finally:
+            nvrtc.destroyProgram(program)
+        return image
+
+
+def _nvrtc() -> Any:
+    from cupy.cuda import nvrtc, runtime
+
+    _preload_nvrtc(runtime)
+    return nvrtc
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
 
+from sllm_mini.device.kernels_image import Compiler, KernelFolders
 from sllm_mini.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -86,8 +86,24 @@ class Toolkit(Protocol):
         """The memory as a flat uint8 tensor (DLPack) that keeps `owner` alive as long as any view of it lives."""
         ...
 
-    def function(self, source: Path, name: str, index: int) -> Launcher:
-        """Compiles `source` for the GPU, or finds it in the cache, and returns its function `name`."""
+    @property
+    def compiler(self) -> Compiler:
+        """What makes kernels for this toolkit's GPUs."""
+        ...
+
+    @property
+    def kernel_folders(self) -> KernelFolders:
+        """Where compiled kernels lie."""
+        ...
+
+    def load(self, image: bytes, index: int) -> Callable[[str], Launcher]:
+        """Loads a compiled image onto the GPU, which is current; the answer gives its functions by name. Both raise
+        DeviceError, for an image the driver refuses and for a name it lacks."""
+        ...
+
+    def capture(self, work: Callable[[], None], index: int) -> Callable[[], None]:
+        """Runs `work` to warm it up, then captures its launches as a CUDA graph; the answer replays them. `work` must use
+        the same memory each time and never wait for the GPU. Raises DeviceError if it cannot be captured."""
         ...
 
     def torch_stream(self, handle: int, index: int) -> AbstractContextManager[object]:

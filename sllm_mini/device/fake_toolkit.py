@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sllm_mini.device.cuda_runtime import CudaRuntime, Launcher
+from sllm_mini.device.fake_graph import capture_work, note_launch
 from sllm_mini.device.kernels import host_leaf_digests, host_sum64
+from sllm_mini.device.kernels_image import KernelFolders
 from sllm_mini.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -35,10 +37,30 @@ class LaunchingRuntime(CudaRuntime, Protocol):
     def thread_has_context(self) -> bool: ...
 
 
+FAKE_IMAGE = b"// an image of the fake's compiler\n"
+
+
+class FakeCompiler:
+    """"Compiles" a source into itself. `compiled` lists what it was asked for, `refusal` is what it says instead."""
+
+    def __init__(self, version: str = "fake 1.0") -> None:
+        self.version = version
+        self.refusal: str | None = None
+        self.compiled: list[tuple[str, tuple[str, ...], str]] = []
+
+    def compile(self, source: Path, options: Sequence[str], architecture: str) -> bytes:
+        if self.refusal is not None:
+            raise DeviceError(self.refusal)
+        self.compiled.append((source.name, tuple(options), architecture))
+        return FAKE_IMAGE + source.read_bytes()
+
+
 class FakeToolkit:
     """See the module. Safe from several threads."""
 
     def __init__(self, runtime: LaunchingRuntime, kernels: Mapping[str, HostKernel] | None) -> None:
+        self.compiler: FakeCompiler = FakeCompiler()
+        self.kernel_folders = KernelFolders()  # none: what the fake compiles is of no use to anybody else
         self._runtime = runtime
         self._kernels = {"sum64": _sum64, "xxh3_leaves": _xxh3_leaves} if kernels is None else kernels
         self._thread = threading.local()
@@ -56,15 +78,42 @@ class FakeToolkit:
 
         return torch.from_dlpack(numpy.asarray(_Shared(address, nbytes, owner)))
 
-    def function(self, source: Path, name: str, index: int) -> Launcher:
-        if name not in self._kernels or f" {name}(" not in source.read_text(encoding="utf-8").replace("\n", " "):
-            raise DeviceError(f"{source} has no kernel {name!r} that this fake can run; give it one in `kernels`")
-        kernel = self._kernels[name]
+    def load(self, image: bytes, index: int) -> Callable[[str], Launcher]:
+        if not image.startswith(FAKE_IMAGE):
+            raise DeviceError(f"cuda:{index} cannot run this compiled kernel (it is not of this fake's compiler); delete it")
+        text = image.decode()
 
-        def launch(grid: Sequence[int], block: Sequence[int], args: Sequence[object], handle: int) -> None:
-            self._runtime.launch(kernel, grid, block, args, handle)
+        def function(name: str) -> Launcher:
+            if name not in self._kernels or f" {name}(" not in text.replace("\n", " "):
+                raise DeviceError(f"the compiled kernels have no kernel {name!r} that this fake can run; give it one in `kernels`")
+            kernel = self._kernels[name]
 
-        return launch
+            def launch(grid: Sequence[int], block: Sequence[int], args: Sequence[object], handle: int) -> None:
+                def work() -> None:
+                    with self._runtime_on(index):
+                        self._runtime.launch(kernel, grid, block, args, handle)
+                        if handle == self.torch_stream_handle(index):
+                            self._runtime.streamSynchronize(handle)  # torch's own work on the fake is done at once, too
+
+                if not note_launch(work):
+                    work()
+
+            return launch
+
+        return function
+
+    @contextmanager
+    def _runtime_on(self, index: int) -> Iterator[None]:
+        before = self._runtime.getDevice()
+        self._runtime.setDevice(index)
+        try:
+            yield
+        finally:
+            self._runtime.setDevice(before)
+
+    def capture(self, work: Callable[[], None], index: int) -> Callable[[], None]:
+        work()
+        return capture_work(work)
 
     @contextmanager
     def torch_stream(self, handle: int, index: int) -> Iterator[None]:

@@ -1,12 +1,16 @@
 """The package's own CUDA kernels (`csrc/`), each beside the plain host code that says what it must compute.
 
 `sum64` proves that every byte was used, `leaf_digests` hashes the leaves of a checkpoint where they already are, on the
-GPU. Kernels are compiled at first use and cached on disk by cupy. Both read each byte once. Taught in chapter 02.
+GPU; both read each byte once. `Kernels` finds what a file was compiled to, or compiles it (see `kernels_image`). Taught
+in chapters 02 and 06.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +18,9 @@ from typing import TYPE_CHECKING
 from sllm_mini.device.base import Buffer, Device, HostBuffer, Stream, check_range
 from sllm_mini.device.cpu import HostMemory
 from sllm_mini.device.cuda import CudaDevice
+from sllm_mini.device.cuda_runtime import Launcher
 from sllm_mini.device.cuda_stream import CudaStream
+from sllm_mini.device.kernels_image import STATES, KernelFolders, Recipe, State, find_image
 from sllm_mini.errors import DeviceError, UnsupportedError
 from sllm_mini.resources import resource
 
@@ -35,41 +41,96 @@ _BLOCKS_PER_MULTIPROCESSOR = 8
 class CudaKernel:
     """A function of one `csrc/*.cu` file on one GPU. Arguments are 8 bytes each: addresses and counts as integers."""
 
-    def __init__(self, device: CudaDevice, source: Path, name: str) -> None:
-        self._binding = device.binding
+    def __init__(self, device: CudaDevice, name: str, launch: Launcher) -> None:
+        self._device = device
         self._name = name
+        self._launch = launch
         self.multiprocessors = device.multiprocessors
-        with self._binding.active(f"compile {name}"):
-            self._launch = device.toolkit.function(source, name, device.index)
 
     def __call__(self, stream: Stream, grid: Sequence[int], block: Sequence[int], args: Sequence[object]) -> None:
-        with self._binding.active(f"launch {self._name}"):
+        with self._device.binding.active(f"launch {self._name}"):
             self._launch(grid, block, args, stream.handle)
+
+    def on_torch(self, grid: Sequence[int], block: Sequence[int], args: Sequence[object]) -> None:
+        """Launches it between torch's own work, on torch's current stream."""
+        with self._device.binding.active(f"launch {self._name}"):
+            self._launch(grid, block, args, self._device.toolkit.torch_stream_handle(self._device.index))
+
+
+@dataclass(frozen=True, slots=True)
+class KernelStart:
+    """How a file's kernels were come by. `seconds`: those of the image (see `KernelImage`) and "load", its way onto the
+    GPU. `notes`: what was wrong on the way."""
+
+    state: State
+    seconds: dict[str, float]
+    nbytes: int
+    path: Path | None
+    notes: tuple[str, ...]
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
 
 
 class Kernels:
-    """The functions of one `csrc/*.cu` file on one GPU, compiled when first asked for. Safe from several threads."""
+    """The functions of one `csrc/*.cu` file, made with some options, on one GPU; found or compiled when first asked for.
 
-    def __init__(self, device: CudaDevice, source: Path) -> None:
+    `start` says how, None before. `folders` and `allowed` are where to look and by which states, those of `find_image`.
+    Safe from several threads: the image is loaded once.
+    """
+
+    def __init__(
+        self, device: CudaDevice, source: Path, options: Sequence[str] = (), *, folders: KernelFolders | None = None, allowed: Sequence[State] = STATES
+    ) -> None:
         self._device = device
-        self._source = source
+        self._folders = device.toolkit.kernel_folders if folders is None else folders
+        self._allowed = tuple(allowed)
+        self._source, self._options = source, tuple(options)
+        self._lock = threading.Lock()
         self._found: dict[str, CudaKernel] = {}
+        self._module: Callable[[str], Launcher] | None = None
+        self.start: KernelStart | None = None
 
     def __getitem__(self, name: str) -> CudaKernel:
         kernel = self._found.get(name)
-        if kernel is None:  # two threads may both make one: the toolkit compiles once, and either serves
-            kernel = self._found[name] = CudaKernel(self._device, self._source, name)
+        if kernel is None:
+            with self._lock, self._device.binding.active(f"load {name}"):
+                if self._module is None:
+                    self._module = self._load()
+                kernel = self._found[name] = CudaKernel(self._device, name, self._module(name))
         return kernel
 
+    def _load(self) -> Callable[[str], Launcher]:
+        toolkit, major_minor = self._device.toolkit, self._device.properties().compute_capability
+        recipe = Recipe.of(self._source, self._options, "sm_{}{}".format(*major_minor))
+        notes: tuple[str, ...] = ()
+        allowed = self._allowed
+        while True:
+            image = find_image(recipe, self._folders, toolkit.compiler, allowed=allowed)
+            started = time.perf_counter()
+            try:
+                module = toolkit.load(image.data, self._device.index)
+            except DeviceError as error:
+                # Built by a toolkit that this driver is too old for, say: the next state may serve.
+                allowed = tuple(state for state in allowed if STATES.index(state) > STATES.index(image.state))
+                if not allowed:
+                    raise
+                notes += (*image.notes, f"{image.path} was not used: {error}")
+                continue
+            seconds = image.seconds | {"load": time.perf_counter() - started}
+            self.start = KernelStart(image.state, seconds, len(image.data), image.path, notes + image.notes)
+            return module
 
-def load_kernels(device: Device, file: str) -> Kernels:
-    """The kernels of `csrc/<file>` for `device`, the same object each time. Raises UnsupportedError on a CPU."""
+
+def load_kernels(device: Device, file: str, options: Sequence[str] = ()) -> Kernels:
+    """The kernels of `csrc/<file>` made with `options` for `device`, the same object each time. Raises UnsupportedError on
+    a CPU."""
     if not isinstance(device, CudaDevice):
         raise UnsupportedError(f"{file} holds CUDA kernels and {device.name} runs none; use the host reference")
-    found = device.kernels.get(file)
-    if found is None:
-        found = device.kernels[file] = Kernels(device, resource("csrc") / file)
-    return found
+    key = " ".join((file, *options))
+    # Two threads may both make one: of the two the first to be kept serves both.
+    return device.kernels.get(key) or device.kernels.setdefault(key, Kernels(device, resource("csrc") / file, options))
 
 
 def sum64(device: Device, buffer: Buffer, offset: int, nbytes: int, stream: CudaStream | None = None) -> int:

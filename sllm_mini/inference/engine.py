@@ -1,9 +1,8 @@
 """From a prompt to a stream of text: our own prefill and decode loop over a transformers decoder model.
 
-Prefill runs the whole prompt once and gives the first token; each decode step runs one token and gives the next. Per
-token the host waits for the device once, to learn the token's id. The loop's own cost beside the model's forward pass
-is some tens of microseconds a token. `transformers.generate` is the oracle it is tested against. Taught in chapters
-00 and 04.
+Prefill runs the whole prompt once and gives the first token; each decode step runs one token of every request and gives
+the next of each. `transformers.generate` is the oracle it is tested against. How requests share steps is in `scheduler`,
+how they move in `movable`. Taught in chapters 00, 04 and 07.
 """
 
 from __future__ import annotations
@@ -11,173 +10,38 @@ from __future__ import annotations
 import operator
 import os
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any
 
 from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.device.base import Device
 from sllm_mini.errors import ModelError
-from sllm_mini.inference.overlap import StreamedModel, stream_model
-from sllm_mini.inference.runner import Runner
-from sllm_mini.inference.sampler import SamplingOptions, choose_token
-from sllm_mini.inference.text import Detokenizer, TextDecoder, load_tokenizer
+from sllm_mini.inference.movable import Movable
+from sllm_mini.inference.overlap import WAIT_LANE, StreamedModel, stream_model
+from sllm_mini.inference.requests import Completion, Generation, OnPiece, Request
+from sllm_mini.inference.sampler import SamplingOptions
+from sllm_mini.inference.session import Session
+from sllm_mini.inference.stopping import TextStream
+from sllm_mini.inference.text import TextDecoder, load_tokenizer
 from sllm_mini.types import SpanRecorder, Warmth
-
-if TYPE_CHECKING:
-    import torch
 
 GREEDY = SamplingOptions()
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One new token. `text` is what it completes ("" inside a character or without a tokenizer), `seconds` the time
-    since the request, `position` its place in the sequence, prompt included."""
+class Engine(Movable):
+    """A model, with its tokenizer if it has one, ready to answer prompts, several at a time.
 
-    token_id: int
-    text: str
-    seconds: float
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Where the time of one request went, in seconds; the consumer's own time between two tokens is in none of them
-    but `first_token_seconds`, which counts from the request to the first token."""
-
-    tokenize_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    decode_steps: int = 0
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Mean time of a decode step, 0 where there was none."""
-        return self.decode_seconds / self.decode_steps if self.decode_steps else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """All that was generated, without the prompt; `finish` says whether the model ended the text or the limit did."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    timings: Timings
-    finish: Literal["eos", "length"]
-
-
-class Generation(Iterator[Piece]):
-    """One request in progress: an iterator of its pieces. The first `next` is the prefill, each other one decode step.
-
-    `token_ids` is the sequence so far, prompt included; the cache holds one token fewer. `finish` is None until it
-    ends by itself. `close()`, the end, an error, or dropping the object frees the cache. One thread at a time.
+    `name` says whose weights these are. `streamed` is the load that an engine with overlap began with, None for any
+    other. Raises ModelError for a model it cannot run exactly (see `Runner`). Safe from several threads: they take
+    turns, and every step serves all requests; at most `max_batch` of them decode together, others wait.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        detokenizer: Detokenizer | None,
-        prompt_ids: Sequence[int],
-        *,
-        max_new_tokens: int,
-        sampling: SamplingOptions,
-        stop_ids: frozenset[int],
-        requested: float,
-    ) -> None:
-        self.token_ids = list(prompt_ids)
-        self.prompt_length = len(prompt_ids)
-        self.sampling = sampling
-        self.finish: Literal["eos", "length"] | None = None
-        self._runner = runner
-        self._detokenizer = detokenizer
-        self._end = self.prompt_length + max_new_tokens
-        self._stop_ids = stop_ids
-        self._requested = requested
-        self._tokenize_seconds = time.perf_counter() - requested
-        self._prefill_seconds = self._decode_seconds = self._first_token_seconds = 0.0
-        self._cache: Any | None = runner.new_cache()
-        self._input: torch.Tensor | None = None
-
-    @property
-    def timings(self) -> Timings:
-        """What it took so far."""
-        steps = max(len(self.token_ids) - self.prompt_length - 1, 0)
-        return Timings(self._tokenize_seconds, self._prefill_seconds, self._decode_seconds, self._first_token_seconds, steps)
-
-    def __next__(self) -> Piece:
-        if self._cache is None:
-            raise StopIteration
-        started = time.perf_counter()
-        try:
-            token_id, text = self._step(self._cache)
-        except BaseException:
-            self.close()
-            raise
-        now = time.perf_counter()
-        if len(self.token_ids) == self.prompt_length + 1:
-            self._prefill_seconds = now - started
-            self._first_token_seconds = now - self._requested
-        else:
-            self._decode_seconds += now - started
-        return Piece(token_id, text, now - self._requested, len(self.token_ids) - 1)
-
-    def _step(self, cache: Any) -> tuple[int, str]:
-        """Runs the tokens that the cache lacks and takes the next one into the sequence."""
-        import torch
-
-        if self._input is None:
-            self._input = torch.tensor([self.token_ids], device=self._runner.device)
-        logits = self._runner.forward(self._input, cache, len(self.token_ids))
-        chosen = choose_token(logits, self.sampling, len(self.token_ids))
-        token_id = int(chosen)  # the one wait for the device
-        if token_id >= logits.shape[0]:
-            raise ModelError(
-                f"{self._runner.name} gave logits that are not finite at position {len(self.token_ids)}; "
-                "verify the checkpoint, or load it in bfloat16 or float32 if it was in float16"
-            )
-        self.token_ids.append(token_id)
-        text = self._detokenizer.push(token_id) if self._detokenizer else ""
-        if token_id in self._stop_ids:
-            self.finish = "eos"
-        elif len(self.token_ids) == self._end:
-            self.finish = "length"
-        if self.finish is None:
-            # The token is on its device already, so the next step needs no copy from the host.
-            self._input = chosen.to(self._runner.device).view(1, 1)
-        else:
-            text += self._detokenizer.flush() if self._detokenizer else ""
-            self.close()
-        return token_id, text
-
-    def close(self) -> None:
-        """Frees the cache; a further `next` ends the iteration. May be called again."""
-        self._cache = None
-        self._input = None
-
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-class Engine:
-    """A model, with its tokenizer if it has one, ready to answer prompts.
-
-    `streamed` is the load that an engine with overlap began with, None for any other. Raises ModelError for a model it
-    cannot run exactly (see `Runner`). One thread at a time; several generations may be
-    open and interleaved, each with its own cache.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any | None = None) -> None:
-        self.runner = Runner(model)
+    def __init__(self, model: Any, tokenizer: Any | None = None, *, max_batch: int = 8, name: str = "") -> None:
+        super().__init__(model, max_batch, name, None if tokenizer is None else TextDecoder(tokenizer))
         self.tokenizer = tokenizer
         self.streamed: StreamedModel | None = None
-        self._decoder = None if tokenizer is None else TextDecoder(tokenizer)
 
     @classmethod
     def load(
@@ -188,8 +52,10 @@ class Engine:
         verify: bool = True,
         overlap: bool = False,
         recorder: SpanRecorder | None = None,
+        max_batch: int = 8,
     ) -> Engine:
-        """An engine for a checkpoint of ours, on `device`; without tokenizer files, prompts are token ids.
+        """An engine for a checkpoint of ours, on `device`, named after the digest of its index; without tokenizer files,
+        prompts are token ids.
 
         Reads the tokenizer first, so that a directory that cannot work fails before its weights are read. `recorder`
         gets the span "tokenizer" beside those of `load_model`. With `overlap` it returns while bytes are still being
@@ -199,21 +65,26 @@ class Engine:
         raised by the generation.
         """
         from sllm_mini.checkpoint import open_checkpoint
+        from sllm_mini.checkpoint.hashing import bytes_digest
+        from sllm_mini.checkpoint.index import encode_index
         from sllm_mini.loading import load_model, start_load
 
         checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+        name = bytes_digest(encode_index(checkpoint.index))
         with recorder.span("tokenizer", warmth=Warmth.DRAM) if recorder is not None else nullcontext():
             tokenizer = load_tokenizer(checkpoint)
         if not overlap:
-            return cls(load_model(checkpoint, device, verify=verify, recorder=recorder), tokenizer)
+            return cls(load_model(checkpoint, device, verify=verify, recorder=recorder), tokenizer, max_batch=max_batch, name=name)
+        recorder = recorder or SpanRecorder()
         loading = start_load(checkpoint, device, verify=verify, recorder=recorder)
         try:
             streamed = stream_model(loading, recorder=recorder)
-            engine = cls(streamed.model, tokenizer)
+            engine = cls(streamed.model, tokenizer, max_batch=max_batch, name=name)
         except BaseException:
             loading.cancel()
             raise
         engine.streamed = streamed
+        engine._wait_clock = lambda: sum(span.seconds for span in list(recorder.spans) if span.lane == WAIT_LANE)
         return engine
 
     @property
@@ -247,28 +118,47 @@ class Engine:
         *,
         max_new_tokens: int = 128,
         sampling: SamplingOptions = GREEDY,
+        stop: str | Sequence[str] = (),
         stop_at_eos: bool = True,
+        request_id: str | None = None,
+        on_piece: OnPiece | None = None,
     ) -> Generation:
         """Starts a request: an iterator that gives each token as soon as it is known.
 
-        The prompt is checked here and the model first runs at the first `next`. Ends with the model's end-of-text
-        token (given as the last piece) or after `max_new_tokens`. Of the model's generation settings only its end and
-        beginning tokens count. Raises ModelError for a prompt the model cannot take, ValueError for a bad limit.
+        The prompt is checked here and joins the batch at the next step, which is the first `next` unless somebody else
+        steps. Ends with the model's end-of-text token (given as the last piece), before a `stop` string, or after
+        `max_new_tokens`. Of the model's generation settings only its end and beginning tokens count. `on_piece` gets
+        every piece on the thread that steps; what it raises ends the request. Raises ModelError for a prompt the model
+        cannot take, ValueError for a bad limit, an empty stop string or a `request_id` that is taken.
         """
         requested = time.perf_counter()
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(stops):
+            raise ValueError("a stop string is empty; give at least one character, or leave it out")
+        if stops and self._decoder is None:
+            raise ModelError("this model came without a tokenizer, so there is no text to find a stop string in; leave the stop strings out")
         prompt_ids = self.encode(prompt)
         self.runner.check_prompt(prompt_ids, max_new_tokens)
-        return Generation(
-            self.runner,
-            None if self._decoder is None else Detokenizer(self._decoder, prompt_ids),
-            prompt_ids,
+        session = Session(
+            request_id=uuid.uuid4().hex if request_id is None else request_id,
+            model=self.name,
+            token_ids=tuple(prompt_ids),
+            prompt_length=len(prompt_ids),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            stop_ids=self.runner.eos_ids if stop_at_eos else frozenset(),
-            requested=requested,
+            stop=stops,
+            stop_at_eos=stop_at_eos,
         )
+        text = None if self._decoder is None else TextStream(self._decoder, prompt_ids, stops)
+        request = Request(session, self.runner.eos_ids if stop_at_eos else frozenset(), text, on_piece, requested)
+        request.tokenize_seconds = time.perf_counter() - requested
+        self.enqueue(request)
+        return Generation(self, request)
+
+    submit = generate
+    """The same call, named for those who do not read the stream themselves."""
 
     def complete(
         self,
@@ -276,10 +166,12 @@ class Engine:
         *,
         max_new_tokens: int = 128,
         sampling: SamplingOptions = GREEDY,
+        stop: str | Sequence[str] = (),
         stop_at_eos: bool = True,
     ) -> Completion:
-        """Runs a request to its end; arguments and errors as for `generate`."""
-        generation = self.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop_at_eos=stop_at_eos)
+        """Runs a request to its end; arguments and errors as for `generate`. Raises ModelError if somebody drops it."""
+        generation = self.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, stop_at_eos=stop_at_eos)
         text = "".join(piece.text for piece in generation)
-        finish = cast(Literal["eos", "length"], generation.finish)  # it ran to its end, so it has one
-        return Completion(text, tuple(generation.token_ids[generation.prompt_length :]), generation.timings, finish)
+        if generation.finish is None:
+            raise ModelError(f"request {generation.request_id!r} was closed before its end")
+        return Completion(text, tuple(generation.token_ids[generation.prompt_length :]), generation.timings, generation.finish)

@@ -2,8 +2,8 @@
 
 What a model must be for this to be exact is checked once, when the runner is made, and again on the first cache that
 comes back: a model whose state is more than keys and values is refused, never run wrongly. Costs one forward pass per
-call; the cache takes `2 * layers * kv_heads * head_dim * itemsize` bytes a token, and a copy of itself as each token
-is appended. Taught in chapters 04 and 07.
+call; the cache takes `2 * layers * kv_heads * head_dim * itemsize` bytes a token (see `kv`). Rows of unlike lengths
+decode as one batch where a trial has shown that each then computes what it would alone. Taught in chapters 04 and 07.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from sllm_mini.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
+
+    from sllm_mini.inference.kv import SlotCache
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies change past the original context, so that older keys would no longer fit."""
@@ -44,6 +46,9 @@ class Runner:
         generation = getattr(model, "generation_config", None) or self.config
         self.eos_ids = _as_ids(generation.eos_token_id)
         self.bos_id = next(iter(_as_ids(getattr(generation, "bos_token_id", None))), None)
+        self.dtype: torch.dtype = embedding.weight.dtype
+        self._kinds = self._mask_kinds()
+        self._can_batch: bool | None = None
         self._positions: torch.Tensor | None = None
         self._cache_proven = False
 
@@ -82,6 +87,7 @@ class Runner:
         for layer in layers:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise self._refuse(f"its cache has a {type(layer).__name__}, which holds more than keys and values")
+        self.windows: list[int | None] = [getattr(layer, "sliding_window", None) for layer in layers]
 
     def new_cache(self) -> Any:
         """An empty cache of the kind this model needs (full attention or sliding window, layer by layer)."""
@@ -106,6 +112,12 @@ class Runner:
                 f"but this model's context is {limit:,} tokens; {advice}"
             )
 
+    def new_slots(self) -> SlotCache:
+        """An empty cache in slots, with the windows of this model's layers."""
+        from sllm_mini.inference.kv import SlotCache
+
+        return SlotCache(self.windows)
+
     def forward(self, token_ids: torch.Tensor, cache: Any, length: int) -> torch.Tensor:
         """Logits `[vocabulary]` of the token that follows; `cache` grows by `token_ids`.
 
@@ -116,24 +128,126 @@ class Runner:
         """
         import torch
 
-        n = token_ids.shape[1]
-        kwargs: dict[str, Any] = {"input_ids": token_ids, "past_key_values": cache, "use_cache": True, "return_dict": True}
         # Entered per call: a generator that held the mode across a yield would leave its consumer in it.
         with torch.inference_mode():
-            if self._positions is None or self._positions.shape[1] < length:
-                self._positions = torch.arange(max(2 * length, 256), device=self.device).unsqueeze(0)
-            if "position_ids" in self._parameters:
-                kwargs["position_ids"] = self._positions[:, length - n : length]
-            if "logits_to_keep" in self._parameters:
-                # Of several tokens, the last one by its index: the number 1 would be a slice that keeps the strides of
-                # the whole, for which torch (2.13, on a CPU) copies the head's weights before it multiplies with them.
-                kwargs["logits_to_keep"] = 1 if n == 1 else self._positions[0, n - 1 : n]
-            logits: torch.Tensor = self.model(**kwargs).logits[0, -1]
+            return self._forward(token_ids, cache, self._upto(length)[:, length - token_ids.shape[1] :], length, None)[0]
+
+    def extend(self, cache: SlotCache, row: int, token_ids: torch.Tensor) -> torch.Tensor:
+        """`forward` for one row of a cache in slots, which grows by `token_ids` `[1, n]`: logits `[1, vocabulary]`."""
+        import torch
+
+        ntokens, length = token_ids.shape[1], cache.lengths[row] + token_ids.shape[1]
+        with torch.inference_mode():
+            cache.start_pass(row, 1, ntokens)
+            logits = self._forward(token_ids, cache, self._upto(length)[:, length - ntokens :], length, None)
+        cache.end_pass(row, 1, ntokens)
+        return logits
+
+    def decode(self, cache: SlotCache, token_ids: torch.Tensor) -> torch.Tensor:
+        """One token `[rows, 1]` for each of the first rows of a cache: logits `[rows, vocabulary]`.
+
+        Rows of one length need no mask. With unlike lengths each row attends to its own tokens only; use it only if
+        `can_batch`.
+        """
+        import torch
+
+        count = token_ids.shape[0]
+        lengths = cache.lengths[:count]
+        longest = max(lengths)
+        with torch.inference_mode():
+            if min(lengths) == longest:
+                cache.start_pass(0, count, 1)
+                positions, mask = self._upto(longest + 1)[:, longest:].expand(count, 1), None
+            else:
+                index = torch.tensor(lengths).to(self.device, non_blocking=True)
+                counting = self._upto(max(longest + 1, count))
+                cache.start_pass(0, count, 1, counting[0, :count], index)
+                positions = index.unsqueeze(1)
+                mask = self._masks(counting[:, : longest + 1], positions)
+            logits = self._forward(token_ids, cache, positions, longest + 1, mask)
+        cache.end_pass(0, count, 1)
+        return logits
+
+    def _upto(self, length: int) -> torch.Tensor:
+        """The positions `[1, length]`, counted once."""
+        import torch
+
+        if self._positions is None or self._positions.shape[1] < length:
+            self._positions = torch.arange(max(2 * length, 256), device=self.device).unsqueeze(0)
+        return self._positions[:, :length]
+
+    def _forward(self, token_ids: torch.Tensor, cache: Any, positions: torch.Tensor, length: int, mask: Any) -> torch.Tensor:
+        kwargs: dict[str, Any] = {"input_ids": token_ids, "past_key_values": cache, "use_cache": True, "return_dict": True}
+        if "position_ids" in self._parameters:
+            kwargs["position_ids"] = positions
+        if mask is not None:
+            kwargs["attention_mask"] = mask
+        if "logits_to_keep" in self._parameters:
+            # Of several tokens, the last one by its index: the number 1 would be a slice that keeps the strides of
+            # the whole, for which torch (2.13, on a CPU) copies the head's weights before it multiplies with them.
+            n = token_ids.shape[1]
+            kwargs["logits_to_keep"] = 1 if n == 1 else self._upto(n)[0, n - 1 :]
+        logits: torch.Tensor = self.model(**kwargs).logits[:, -1]
         if not self._cache_proven:
             if cache.get_seq_length() != length:
                 raise self._refuse("it does not keep its keys and values in the cache it is given")
             self._cache_proven = True
         return logits
+
+    # --- batches of unlike lengths ------------------------------------------------------------------------------------
+
+    @property
+    def can_batch(self) -> bool:
+        """Whether rows of unlike lengths can decode in one pass. The first look costs four short passes: a trial of two
+        rows against each alone. Where not (ALiBi, masks of a model's own), requests are to be decoded one by one."""
+        if self._can_batch is None:
+            self._can_batch = self._kinds is not None and self._trial()
+        return self._can_batch
+
+    def _mask_kinds(self) -> dict[str, int | None] | None:
+        """The window of each kind of layer, None where masks of this model are not known to us."""
+        types = getattr(self.config, "layer_types", None) or ["sliding_attention" if window else "full_attention" for window in self.windows]
+        kinds = dict(zip(types, self.windows, strict=True)) if len(types) == len(self.windows) else {}
+        known = kinds.keys() <= {"full_attention", "sliding_attention"} and all(kinds[kind] == window for kind, window in zip(types, self.windows, strict=False))
+        through_masks = getattr(self.model, "_supports_attention_backend", False) and getattr(self.config, "attention_chunk_size", None) is None
+        ours = getattr(self.config, "_attn_implementation", None) in ("sdpa", "eager")
+        return kinds if kinds and known and through_masks and ours else None
+
+    def _masks(self, counting: torch.Tensor, positions: torch.Tensor) -> Any:
+        """What each row may attend to, `[rows, 1, 1, longest]`: one mask, or one for each kind of layer where there are two."""
+        import torch
+
+        masks: dict[str, torch.Tensor] = {}
+        for kind, window in (self._kinds or {}).items():
+            mask = counting <= positions
+            if window is not None:
+                mask = mask & (counting > positions - window)
+            mask = mask[:, None, None, :]
+            if self.config._attn_implementation == "eager":
+                least = torch.finfo(self.dtype).min
+                mask = torch.where(mask, torch.zeros((), dtype=self.dtype, device=mask.device), least)
+            masks[kind] = mask
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _trial(self) -> bool:
+        """Two rows of unlike lengths, as a batch and alone, in a cache of their own."""
+        import torch
+
+        cache = self.new_slots()
+        ids = [[(3 + 7 * step) % self.vocabulary for step in range(n)] for n in (7, 3)]
+        token = torch.tensor([[5 % self.vocabulary]], device=self.device)
+        alone = []
+        try:
+            for row, prompt in enumerate(ids):
+                self.extend(cache, cache.add_row(), torch.tensor([prompt], device=self.device))
+                alone.append(self.extend(cache, row, token))
+                cache.lengths[row] -= 1
+            together = self.decode(cache, token.expand(2, 1))
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+            return False  # it takes no such mask
+        expected = torch.cat(alone).double()
+        error = (together.double() - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm()
+        return bool(error < (1e-3 if together.dtype == torch.float32 else 0.05))
 
 
 def _as_ids(value: Any) -> frozenset[int]:

@@ -9,6 +9,7 @@ for 128 000 tokens on one CPU core, far less on a GPU). Taught in chapters 04 an
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,13 +27,16 @@ class SamplingOptions:
 
     `temperature` 0 is greedy, 1 the model's own distribution; `top_k` keeps the k likeliest tokens (0: all), `top_p`
     the fewest of the likeliest whose probabilities reach p (1: all); filters apply in that order. `seed` is in
-    [0, 2^64). Raises ValueError for anything else.
+    [0, 2^64). `repetition_penalty` comes before all of them and makes every token that the sequence holds, prompt
+    included, less likely (1: no change; below 1 more likely; CTRL, Keskar et al., 2019). Raises ValueError for
+    anything else.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -43,6 +47,8 @@ class SamplingOptions:
             raise ValueError(f"top_p is {self.top_p}; it must be more than 0 and at most 1 (keep all tokens)")
         if not isinstance(self.seed, int) or not 0 <= self.seed < _SEED_LIMIT:
             raise ValueError(f"seed is {self.seed}; it must be a whole number from 0 to 2^64 - 1")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be a positive number (1: no penalty)")
 
     @property
     def greedy(self) -> bool:
@@ -87,6 +93,24 @@ def filter_logits(logits: torch.Tensor, options: SamplingOptions) -> torch.Tenso
     return scores.masked_fill(scores < cut, -torch.inf)
 
 
+def seen_tokens(token_ids: Sequence[int], vocabulary: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The penalty's history: bool `[vocabulary]`, True for every token of the sequence. Thread-safe."""
+    import torch
+
+    seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+    seen[torch.tensor([token_id for token_id in token_ids if token_id < vocabulary], dtype=torch.int64, device=device)] = True
+    return seen
+
+
+def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits `[vocabulary]`, float32, with those of `seen` tokens divided by the penalty, or multiplied where they are
+    negative, as transformers' processor does. Thread-safe; does not wait for a GPU."""
+    import torch
+
+    scores = logits.float()
+    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
 def choose_token(logits: torch.Tensor, options: SamplingOptions, position: int) -> torch.Tensor:
     """The id of the token for `position` of its sequence, as a 0-d int64 tensor on the device of `logits` `[vocabulary]`.
 
@@ -103,3 +127,13 @@ def choose_token(logits: torch.Tensor, options: SamplingOptions, position: int) 
     cumulative = filter_logits(logits, options).exp_().cumsum(-1, dtype=torch.float64)
     target = cumulative[-1:] * draw(options.seed, position)
     return torch.searchsorted(cumulative, target, right=True).squeeze(0)
+
+
+def choose_tokens(logits: torch.Tensor, options: Sequence[SamplingOptions], positions: Sequence[int]) -> torch.Tensor:
+    """`choose_token` for each row of `[rows, vocabulary]`, each by its own options: int64 `[rows]`. Thread-safe."""
+    import torch
+
+    if all(one.greedy for one in options):
+        best, tokens = logits.max(-1)
+        return torch.where(best.isfinite(), tokens, logits.shape[-1])
+    return torch.stack([choose_token(*row) for row in zip(logits, options, positions, strict=True)])

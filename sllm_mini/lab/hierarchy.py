@@ -44,9 +44,6 @@ _LOOK_SECONDS = 0.0005
 class CountedOrigin(Origin):
     """An `Origin` that can be asked how many bytes it has sent."""
 
-    def __enter__(self) -> CountedOrigin:
-        return self
-
     @property
     def sent_nbytes(self) -> int:
         """What the kernel says that the server's process has written since it started, headers left out. Raises

@@ -201,10 +201,10 @@ def plot_arrival(loads: Sequence[PartialLoad], ax: Axes | None = None) -> Axes:
     if ax is None:
         use_style()
         _, ax = pyplot.subplots(figsize=(7.2, 3.3), layout="constrained")
-    for load, role, style in zip(median_partial(loads), ("disk", "dram"), ("-", "-"), strict=False):
+    for load, role in zip(median_partial(loads), ("disk", "dram"), strict=False):
         seconds = [0.0, *(moment for _, moment in load.ready)]
-        label = f"DRAM held {nbytes_text(load.found_nbytes)}, {nbytes_text(load.moved_nbytes)} moved" if load.found_nbytes else f"DRAM held nothing, {nbytes_text(load.moved_nbytes)} moved"
-        ax.step([moment * 1e3 for moment in seconds], range(len(seconds)), where="post", color=color_of(role), linestyle=style, label=label, linewidth=2.2)
+        label = f"DRAM held {_held(load)}, {nbytes_text(load.moved_nbytes)} moved"
+        ax.step([moment * 1e3 for moment in seconds], range(len(seconds)), where="post", color=color_of(role), label=label, linewidth=2.2)
         ax.plot(load.seconds * 1e3, len(load.ready), "o", color=color_of(role), markersize=6)
     ax.set_xlabel("milliseconds since the model was asked for")
     ax.set_ylabel("layers ready, from the first")
@@ -214,12 +214,14 @@ def plot_arrival(loads: Sequence[PartialLoad], ax: Axes | None = None) -> Axes:
     return ax
 
 
+def _held(load: PartialLoad) -> str:
+    return nbytes_text(load.found_nbytes) if load.found_nbytes else "nothing"
+
+
 def arrival_text(loads: Sequence[PartialLoad]) -> str:
     """The finding: the first layer and the last of a cold load beside those of a half resident one."""
-    said = []
-    for load in median_partial(loads):
-        held = f"With {nbytes_text(load.found_nbytes)} of it in DRAM" if load.found_nbytes else "With nothing of it in DRAM"
-        said.append(f"{held} the first layer is ready after {seconds_text(load.ready[0][1])}, the last after {seconds_text(load.seconds)}, and {nbytes_text(load.moved_nbytes)} are moved.")
+    words = "With {} of it in DRAM the first layer is ready after {}, the last after {}, and {} are moved."
+    said = (words.format(_held(load), seconds_text(load.ready[0][1]), seconds_text(load.seconds), nbytes_text(load.moved_nbytes)) for load in median_partial(loads))
     return " ".join(said)
 
 

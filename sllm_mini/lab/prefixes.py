@@ -97,7 +97,7 @@ def cache_controls() -> dict[str, Slider]:
     return {
         "cache": Slider("cache, of all models", 20, 5, 80, step=5, unit="%"),
         "exponent": Slider("Zipf exponent", 0.9, 0.0, 1.6, step=0.1),
-        "spread": Slider("largest to smallest", 30, 1, 100, step=1, unit="x", log=False),
+        "spread": Slider("largest to smallest", 30, 1, 100, step=1, unit="x"),
     }
 
 

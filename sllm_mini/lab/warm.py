@@ -1,8 +1,8 @@
 """Starting a model by every means there is: in a fresh process or a forked one, from files or from a store's memory.
 
 `start_instance` starts one process and gives its climb of the warmth ladder; the process stays until it is closed and can
-be asked more. `measure_starts`, `measure_brought` and `measure_memory` take samples in rounds, in a shuffled order that a
-seed fixes, so that a busy minute hits all means; ratios are of one round. Nothing that is started outlives this process.
+be asked more. `measure_starts` and `measure_brought` take samples in rounds, in a shuffled order that a seed fixes, so that
+a busy minute hits all means; ratios are of one round. Nothing that is started outlives this process.
 Call from one thread. Taught in chapter 05.
 """
 
@@ -204,7 +204,8 @@ class StoreProcess:
 
 def measure_starts(means: Mapping[str, Callable[[], Instance]], *, rounds: int = 3, seed: int = 0) -> dict[str, list[WarmStart]]:
     """Every means once a round, one process at a time: its climb, a second request, its memory. The lists are in the order
-    of the rounds. Raises what starting raises, and ModelError if two starts gave different tokens."""
+    of the rounds. Raises what starting raises, ModelError if two starts gave different tokens, ValueError for an instance
+    without a model."""
     order, generator = list(means), random.Random(seed)
     found: dict[str, list[WarmStart]] = {name: [] for name in order}
     for _ in range(rounds):
@@ -263,8 +264,6 @@ class Crowd:
     how: How
     count: int
     nbytes: int
-    private_nbytes: int
-    """The least of the processes' private bytes."""
 
 
 def measure_memory(zygote: Zygote, checkpoint: Checkpoint, store: StoreProcess, name: str, *, counts: Sequence[int] = (1, 2, 3)) -> list[Crowd]:
@@ -279,10 +278,8 @@ def measure_memory(zygote: Zygote, checkpoint: Checkpoint, store: StoreProcess, 
                 _make_warm(checkpoint)
                 crowd[-1].bring(how, checkpoint, store.address, name, keep=True)
                 if count in counts:
-                    others = [zygote.pid, *([store.pid] if how == "attach" else [])]
-                    held = [instance.memory for instance in crowd]
-                    total = sum(one.proportional_nbytes for one in [*held, *map(memory_of, others)])
-                    found.append(Crowd(how, count, total, min(one.private_nbytes for one in held)))
+                    pids = [zygote.pid, *([store.pid] if how == "attach" else []), *(instance.pid for instance in crowd)]
+                    found.append(Crowd(how, count, sum(memory_of(pid).proportional_nbytes for pid in pids)))
         finally:
             for instance in crowd:
                 instance.close()

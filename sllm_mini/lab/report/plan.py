@@ -14,11 +14,13 @@ from pathlib import Path
 
 from sllm_mini.lab.report.folder import Folder
 from sllm_mini.lab.report.host import CORE, Host, module_command
+from sllm_mini.lab.report.scripts import CHAPTERS_MODEL, COLD_START, MODEL
 from sllm_mini.lab.report.unit import STAGE_SECONDS, Plan, Product, Unit
 
 SHAPES = ("opt-125m", "llama-3.2-1b", "llama-3.1-8b")
 """From the smallest to the largest, so that a budget that ends early has ended with something."""
 _TINY, _SMALL = "tiny", "small"
+_WARMUP_SHAPE = "llama-3.2-1b"
 _PARTS = {
     "ladder": ("ladder",),
     "usual": ("torch.load", "safetensors", "transformers"),
@@ -38,21 +40,6 @@ _TIERS_MOVES, _OVERLAP_MOVES = 20, 16
 _CONTEXT_NBYTES = 0.25e9
 """Of GPU memory that each process of a bench takes before it loads anything, roughly; they are all alive at once."""
 _UNIT_SECONDS = 0.8 * STAGE_SECONDS
-_MODEL = """
-from sys import argv
-from sllm_mini.checkpoint.random_model import make_model
-make_model(argv[1], argv[2], max_shard_nbytes=1 << 50)  # one file: not every peer reads several
-"""
-_COLD_START = """
-from sys import argv
-from sllm_mini.lab.anatomy import measure_cold_start
-from sllm_mini.lab.models import tiny_checkpoint
-path = tiny_checkpoint().path
-for _ in range(int(argv[3])):  # the libraries' files come from the disk in the first
-    start = measure_cold_start(path, device=argv[1], prompt="Once upon a time", max_new_tokens=24)
-start.save(argv[2])
-"""
-_CHAPTERS_MODEL = "from sllm_mini.lab.models import {0}; print({0}().path)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +103,7 @@ class Table:
 
     def _bench(self) -> Iterator[Unit]:
         saved, device = self.folder.results / "cold_start.json", self._workers_device
-        yield Unit("bench", "cold-start", (sys.executable, "-c", _COLD_START, device, str(saved), "1" if self._rehearsal else "2"), 60, 240, saved.name, modules=CORE)
+        yield Unit("bench", "cold-start", (sys.executable, "-c", COLD_START, device, str(saved), "1" if self._rehearsal else "2"), 60, 240, saved.name, modules=CORE)
         loaded = self._sllm("load", self._model(_TINY), "--device", "cuda", "--repeat", 3, "--json")
         yield Unit("bench", "load-command", loaded, 20, 120, "load_command.json", True, (*CORE, "cupy"), uses=(_TINY,))
         if not self._rehearsal:  # its model has 1 GB, and no part of it differs on a GPU
@@ -133,6 +120,19 @@ class Table:
                 yield self._whole(model, "tiers", _TIERS_MOVES, "--also", _TINY, *(("--no-gpu",) if self._rehearsal else ()))
                 if not self._rehearsal or self._on_a_disk():
                     yield self._whole(model, "overlap", _OVERLAP_MOVES, "--device", device, *(("--tokens", 8) if self._rehearsal else ()))
+        yield from self._warmups()
+
+    def _warmups(self) -> Iterator[Unit]:
+        """What comes after the weights: on the processor all of it, on the GPU what only a GPU has, with a real shape."""
+        wanted = {"cpu": (_TINY, ("memory profile",) if self._rehearsal else ()), "cuda": (_WARMUP_SHAPE, ("kernels", "memory profile", "attention", "graphs"))}
+        for device, (model, parts) in wanted.items():
+            if device == "cpu" or not (self._rehearsal or model in self._too_large_for(device)):
+                saved = self.folder.results / f"bench_warmup_{device}.json"
+                rounds, seconds = (1, 30.0) if self._rehearsal else (3, 400.0 if device == "cpu" else 300.0)
+                asked = ["warmup", self._model(model), "--device", device, "--rounds", rounds, "--save", saved, *(word for part in parts for word in ("--part", part))]
+                command = (sys.executable, "-m", "sllm_mini.cli.main", "bench", *map(str, asked))
+                needs = CORE if device == "cpu" else (*CORE, "cupy")
+                yield Unit("bench", f"warmup-{device}", command, seconds, result=saved.name, modules=needs, uses=(model,), env={"SLLM_MINI_WORK": str(self.folder.scratch)})
 
     @property
     def _workers_device(self) -> str:
@@ -237,11 +237,11 @@ class Table:
 
     def _products(self) -> Iterator[Product]:
         for shape in SHAPES:
-            command = (sys.executable, "-c", _MODEL, shape, str(self._model(shape)))
+            command = (sys.executable, "-c", MODEL, shape, str(self._model(shape)))
             yield Product(shape, self._model(shape), command, 10 + self._nbytes(shape) / _MADE_BYTES_PER_SECOND)
         yield Product(_TINY, self._model(_TINY), self._sllm("convert", self.checkout / "data/models/tiny", self._model(_TINY)), 10)
         which = "tiny_checkpoint" if self._rehearsal else "sized_checkpoint"
-        command = ("env", f"SLLM_MINI_WORK={self._chapters_work}", sys.executable, "-c", _CHAPTERS_MODEL.format(which))
+        command = ("env", f"SLLM_MINI_WORK={self._chapters_work}", sys.executable, "-c", CHAPTERS_MODEL.format(which))
         yield Product("the chapters' model", self._chapters_work, command, 10 if self._rehearsal else 150)
 
     def _too_large_for(self, device: str) -> dict[str, str]:
@@ -254,6 +254,8 @@ class Table:
     def _too_large(self) -> dict[str, str]:
         """What `_too_large_for` leaves out of the plan, by the key that stands for its units."""
         found = {f"bench/load-{shape}-{device}": reason for device in ("cuda", "cpu") for shape, reason in self._too_large_for(device).items()}
+        if (why := self._too_large_for("cuda").get(_WARMUP_SHAPE)) is not None:
+            found["bench/warmup-cuda"] = why
         return found | {f"bench/{bench}-{shape}": reason for bench in ("tiers", "overlap") for shape, reason in self._too_large_for(self._workers_device).items()}
 
     def _why_not(self, shape: str, *, on_gpu: bool) -> str | None:

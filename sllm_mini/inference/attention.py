@@ -1,0 +1,198 @@
+"""Decode attention by our own kernel (`csrc/decode_attention.cu`), for any transformers model that runs on torch's SDPA.
+
+`use_decode_attention` makes a model ask `decode_attention_forward` at every layer. That is torch's SDPA for prefill, on a
+CPU, for shapes the kernel has no place for, and outside of `decoding`; inside, a decode step on a GPU reads each row's
+keys once and stops at its own length, where SDPA with a mask reads all rows to the longest. Within a few rounding steps
+of float32 (then one of the output's dtype) of the exact result, and the same bits whatever rows are beside. Costs two
+launches a layer and `4 * (head_dim + 2)` bytes per row, head and 128 tokens. Taught in chapter 06.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from sllm_mini.device.base import Device
+from sllm_mini.device.cuda import CudaDevice
+from sllm_mini.device.kernels import Kernels, load_kernels
+from sllm_mini.errors import ModelError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "sllm_decode"
+"""What transformers calls this attention, in `config._attn_implementation`."""
+SOURCE = "decode_attention.cu"
+ELEMENTS = {"float32": 0, "float16": 1, "bfloat16": 2}
+CHUNK_TOKENS = 128
+_MOST_QUERIES = 4
+_MOST_HEAD_DIM = 256
+_VECTOR_NBYTES = 16
+_THREADS = 128
+_UNKNOWN = ("softcap", "position_bias", "s_aux", "cache")
+"""What some models' attention has beside a scale and a window; only SDPA is asked then."""
+_local = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What a kernel is compiled for: `group` query heads share each key-value head; `dtype` is torch's name without "torch."."""
+
+    head_dim: int
+    group: int
+    dtype: str
+
+    @property
+    def why_not(self) -> str | None:
+        """Why there is no kernel for it; None if there is one."""
+        if self.dtype not in ELEMENTS:
+            return f"elements are {self.dtype}; the kernel takes {', '.join(ELEMENTS)}"
+        if not 0 < self.head_dim <= _MOST_HEAD_DIM or self.head_dim * self.itemsize % _VECTOR_NBYTES:
+            return f"a head has {self.head_dim} elements; the kernel takes up to {_MOST_HEAD_DIM}, in whole vectors of {_VECTOR_NBYTES} bytes"
+        return None
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def queries(self) -> int:
+        """Query heads that one block computes: the group cut into the fewest equal tiles of at most 4."""
+        return -(-self.group // -(-self.group // _MOST_QUERIES))
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The compiler's options."""
+        return (f"-DHEAD_DIM={self.head_dim}", f"-DELEMENT={ELEMENTS[self.dtype]}", f"-DQUERIES={self.queries}", f"-DCHUNK={CHUNK_TOKENS}")
+
+    @classmethod
+    def of_config(cls, config: Any, dtype: str | None = None) -> AttentionShape:
+        """The shape of a transformers model, in `dtype` or its own. Raises ModelError where the configuration names no heads."""
+        heads = getattr(config, "num_attention_heads", None)
+        if not heads:
+            raise ModelError(f"{type(config).__name__} names no attention heads; its attention cannot be taken over")
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        own = dtype or str(getattr(config, "dtype", None) or "float32")
+        return cls(int(head_dim), heads // (getattr(config, "num_key_value_heads", None) or heads), own.removeprefix("torch."))
+
+
+class DecodeAttention:
+    """The kernel of one shape on one GPU, loaded or compiled when it is made. Safe from several threads.
+
+    Raises UnsupportedError for a device without CUDA kernels or a shape there is none for, DeviceError if it cannot be built.
+    """
+
+    def __init__(self, device: Device, shape: AttentionShape) -> None:
+        if not isinstance(device, CudaDevice):
+            raise UnsupportedError(f"decode attention is a CUDA kernel and {device.name} runs none; torch's SDPA serves there")
+        if shape.why_not is not None:
+            raise UnsupportedError(f"there is no decode attention for this model: {shape.why_not}; torch's SDPA serves")
+        self.shape = shape
+        self.kernels: Kernels = load_kernels(device, SOURCE, shape.options)
+        self._attend, self._merge = self.kernels["decode_attention"], self.kernels["decode_attention_merge"]
+
+    def takes(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether these tensors are of the kernel's shape and aligned as it reads them."""
+        import torch
+
+        shape = self.shape
+        if any(one.dtype is not getattr(torch, shape.dtype) or one.shape[-1] != shape.head_dim or one.stride(-1) != 1 for one in (query, keys, values)):
+            return False
+        sizes = [query.data_ptr(), keys.data_ptr(), values.data_ptr()]
+        for one in (query, keys, values):
+            sizes += [shape.itemsize * stride for stride in one.stride()[:-1]]
+        return not any(size % _VECTOR_NBYTES for size in sizes) and query.shape[1] == shape.group * keys.shape[1]
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        *,
+        longest: int,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Attention `[rows, heads, head_dim]` of `query` (the same shape) over `keys` and `values` `[rows, kv_heads, tokens,
+        head_dim]`, any strides.
+
+        `lengths` is int32 on the device: how many tokens of each row count, at most `longest`. Of keys that hold fewer
+        than `longest` tokens the oldest are taken to be cut off, which takes a `window` that ends before them. `scale` is
+        1 / sqrt(head_dim) by default. Launches on torch's stream and does not wait.
+        """
+        import torch
+
+        rows, heads, head_dim = query.shape
+        kv_heads, group = keys.shape[1], self.shape.group
+        chunks = -(-longest // CHUNK_TOKENS)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        partials = torch.empty((rows, heads, chunks, head_dim + 2), dtype=torch.float32, device=query.device)
+        cut = (longest - keys.shape[2]) * self.shape.itemsize
+        addresses = (query.data_ptr(), keys.data_ptr() - cut * keys.stride(2), values.data_ptr() - cut * values.stride(2))
+        strides = (*query.stride()[:2], *keys.stride()[:3], *values.stride()[:3])
+        tiles = -(-group // self.shape.queries)
+        arguments = (*addresses, lengths.data_ptr(), partials.data_ptr(), *strides, group, window or 0, _bits(scale or head_dim**-0.5))
+        self._attend.on_torch((chunks, kv_heads * tiles, rows), (_THREADS,), arguments)
+        merging = (partials.data_ptr(), lengths.data_ptr(), out.data_ptr(), *out.stride()[:2], chunks, window or 0)
+        self._merge.on_torch((heads, rows), (-(-head_dim // 32) * 32,), merging)
+        return out
+
+
+@lru_cache(maxsize=64)
+def _bits(scale: float) -> int:
+    """A scale as the kernel wants it: for powers of 2, the bits of a float32."""
+    return int(struct.unpack("<I", struct.pack("<f", scale * math.log2(math.e)))[0])
+
+
+@contextmanager
+def decoding(attention: DecodeAttention | None, lengths: torch.Tensor, longest: int) -> Iterator[None]:
+    """Inside, this thread's passes of one token per row attend by the kernel: `lengths` (int32, on the device) tells how
+    many tokens each row has, the new one included, and `longest` bounds them. Masks are not looked at, so they must say
+    the same. With None for `attention` nothing changes."""
+    before = getattr(_local, "step", None)
+    _local.step = None if attention is None else (attention, lengths, longest)
+    try:
+        yield
+    finally:
+        _local.step = before
+
+
+def decode_attention_forward(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, *, scaling: float | None = None, dropout: float = 0.0, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: the kernel inside `decoding` where it fits, torch's SDPA elsewhere."""
+    step = getattr(_local, "step", None)
+    if step is not None and query.shape[2] == 1 and not dropout and all(kwargs.get(name) is None for name in _UNKNOWN):
+        attention, lengths, longest = step
+        single, window = query[:, :, 0], kwargs.get("sliding_window")
+        fits = key.shape[2] <= longest and (key.shape[2] == longest or (window is not None and window <= key.shape[2]))
+        if fits and len(lengths) == len(query) and attention.takes(single, key, value):
+            return attention(single, key, value, lengths, longest=longest, scale=scaling, window=window).unsqueeze(1), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    return found
+
+
+def use_decode_attention(model: Any, device: Device) -> DecodeAttention:
+    """Switches a model on `device` to this attention and returns its kernel, for `decoding`. Raises UnsupportedError, and
+    changes nothing, for a model that does not run on torch's SDPA now, and as `DecodeAttention` does."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    now = model.config._attn_implementation
+    if now not in ("sdpa", NAME) or AttentionInterface().get("sdpa") is not sdpa_attention_forward:
+        raise UnsupportedError(f"{type(model).__name__} runs on {now} attention; only one that runs on torch's SDPA can be switched")
+    attention = DecodeAttention(device, AttentionShape.of_config(model.config, str(model.dtype)))
+    AttentionInterface.register(NAME, decode_attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    return attention

@@ -1,0 +1,192 @@
+"""What a client has been told: one list of tokens per request, whichever engine they come from. Explained in chapter 07.
+
+An engine that gives a token gives it to the ledger, with the epoch in which it owns the request. The ledger takes only the
+register's present epoch and only the next position, so the client's stream has no gap and no repeat whoever dies or
+lives on unnoticed; and since it holds all that the client has seen, a request can begin again anywhere from there
+(ServerlessLLM's router keeps the tokens of a request that moves; OSDI'24). Costs some hundred bytes a token.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from sllm_mini.errors import ModelError
+from sllm_mini.inference.ownership import EpochRegister
+from sllm_mini.inference.ownership_messages import Finish, Token, Verdict
+from sllm_mini.inference.session import Session
+from sllm_mini.types import Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerPiece:
+    """One token as the client gets it. `arrived` is the moment it was accepted, in seconds of the monotonic clock; `epoch`
+    tells which owner gave it."""
+
+    position: int
+    token_id: int
+    text: str
+    epoch: Epoch
+    arrived: float
+
+
+@dataclass(slots=True)
+class _Entry:
+    session: Session
+    """As the request began."""
+    changed: threading.Condition
+    pieces: list[LedgerPiece] = field(default_factory=list)
+    finish: Finish | None = None
+    error: str | None = None
+
+    @property
+    def next_position(self) -> int:
+        return len(self.session.token_ids) + len(self.pieces)
+
+    def says_more_than(self, count: int) -> bool:
+        return len(self.pieces) > count or self.finish is not None or self.error is not None
+
+
+class TokenLedger:
+    """The tokens of every open request. `register` is the arbiter that says which epoch counts. Safe from several threads."""
+
+    def __init__(self, register: EpochRegister) -> None:
+        self._register = register
+        self._lock = threading.Lock()
+        self._entries: dict[str, _Entry] = {}
+
+    def open(self, session: Session) -> None:
+        """Begins a request in the state of `session`. Raises ValueError if it is open already."""
+        with self._lock:
+            if session.request_id in self._entries:
+                raise ValueError(f"request {session.request_id!r} is in the ledger already; give each request an id of its own")
+            self._entries[session.request_id] = _Entry(session, threading.Condition(self._lock))
+
+    def accept(self, token: Token) -> Verdict:
+        """Takes one token, or says why not; see `Verdict`."""
+        with self._lock:
+            entry = self._entries.get(token.request_id)
+            if entry is None:
+                return "stale"  # the request is over for the client
+            owner, epoch = self._register.owner(token.request_id)
+            if owner is None or token.epoch != epoch:
+                return "stale"
+            behind = entry.next_position - token.position
+            if 0 < behind <= len(entry.pieces):
+                known = entry.pieces[-behind]
+                last = entry.finish if behind == 1 else None
+                same = (known.token_id, known.text, last) == (token.token_id, token.text, token.finish)
+                return "had" if same else "refused"
+            if behind or entry.finish or entry.error:
+                return "refused"
+            entry.pieces.append(LedgerPiece(token.position, token.token_id, token.text, epoch, time.monotonic()))
+            entry.finish = token.finish
+            entry.changed.notify_all()
+            return "taken"
+
+    def deliver(self, tokens: Sequence[Token]) -> list[Verdict]:
+        """`accept` for each, in order."""
+        return [self.accept(token) for token in tokens]
+
+    def give_up(self, request_id: str, epoch: int, reason: str) -> bool:
+        """`fail`, said by the owner of that epoch; False, and nothing done, if it is not the owner any more."""
+        owner, now = self._register.owner(request_id)
+        with self._lock:
+            known = request_id in self._entries
+        if owner is None or now != epoch or not known:
+            return False
+        self.fail(request_id, reason)
+        return True
+
+    def end(self, request_id: str, finish: Finish = "cancelled") -> None:
+        """Ends a request for the client before its text does; no token is taken any more."""
+        with self._lock:
+            entry = self._entry(request_id)
+            entry.finish = entry.finish or finish
+            entry.changed.notify_all()
+
+    def fail(self, request_id: str, reason: str) -> None:
+        """Ends a request that nobody can carry on: whoever reads its stream gets ModelError(reason)."""
+        with self._lock:
+            entry = self._entry(request_id)
+            if entry.finish is None:
+                entry.error = reason
+            entry.changed.notify_all()
+
+    def close(self, request_id: str) -> None:
+        """Forgets a request, which frees its id at the register too; a stream that still reads it ends with ModelError."""
+        with self._lock:
+            entry = self._entries.pop(request_id, None)
+            if entry is not None and entry.finish is None:
+                entry.error = entry.error or "it was closed before its text ended"
+                entry.changed.notify_all()
+        self._register.forget(request_id)
+
+    def stream(self, request_id: str, *, timeout: float | None = None) -> Iterator[LedgerPiece]:
+        """The pieces of a request from its first to its last, each as soon as it is there; may be read several times.
+
+        Raises ModelError for a request that is not open or that failed, TimeoutError if one piece takes longer than `timeout` seconds.
+        """
+        with self._lock:
+            entry = self._entry(request_id)
+        index = 0
+        while True:
+            with entry.changed:
+                there = entry.changed.wait_for(partial(entry.says_more_than, index), timeout)
+                if not there:
+                    raise TimeoutError(f"request {request_id!r} gave no token for {timeout} seconds; its owner is {self._register.owner(request_id).owner}")
+                pieces = entry.pieces[index:]
+                if not pieces and entry.error:
+                    raise ModelError(f"request {request_id!r} was given up: {entry.error}")
+            yield from pieces
+            index += len(pieces)
+            if not pieces:
+                return
+
+    def pieces(self, request_id: str) -> tuple[LedgerPiece, ...]:
+        """What has been accepted so far. Raises ModelError for a request that is not open."""
+        with self._lock:
+            return tuple(self._entry(request_id).pieces)
+
+    def finish(self, request_id: str) -> Finish | None:
+        """How the text ended, None while it goes on. Raises ModelError for a request that is not open."""
+        with self._lock:
+            return self._entry(request_id).finish
+
+    def session(self, request_id: str) -> Session:
+        """The request as the client knows it: an engine that adopts it gives the token after the last one accepted.
+
+        Raises ModelError for a request that is not open.
+        """
+        with self._lock:
+            entry = self._entry(request_id)
+            return _advanced(entry.session, entry.pieces)
+
+    def restart(self, request_id: str, owner: str, expected_epoch: int) -> tuple[Session, Epoch] | None:
+        """Claims a request for a new owner and gives the state from which that one goes on; None if the text has ended or
+        somebody else has claimed it. Claimed first: after that nothing of the old owner's is taken, so the session misses nothing."""
+        epoch = self._register.claim(request_id, owner, expected_epoch)
+        if epoch is None:
+            return None
+        with self._lock:
+            entry = self._entry(request_id)
+            return None if entry.finish or entry.error else (_advanced(entry.session, entry.pieces), epoch)
+
+    def _entry(self, request_id: str) -> _Entry:
+        entry = self._entries.get(request_id)
+        if entry is None:
+            raise ModelError(f"request {request_id!r} is not in the ledger; it was never opened, or was closed")
+        return entry
+
+
+def _advanced(session: Session, pieces: Sequence[LedgerPiece]) -> Session:
+    """`session` after it has given `pieces`; what a stop string holds back is the engine's to find again."""
+    return replace(
+        session,
+        token_ids=(*session.token_ids, *(piece.token_id for piece in pieces)),
+        emitted_text_nchars=session.emitted_text_nchars + sum(len(piece.text) for piece in pieces),
+        held_text=None if pieces else session.held_text,
+    )

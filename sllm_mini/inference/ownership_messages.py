@@ -1,0 +1,98 @@
+"""What is asked of the arbiter and of the ledger over their socket. Explained in chapter 07.
+
+Each request is answered once, on its own connection and in order. All may be asked twice with the effect of once, which
+is why a client whose connection broke opens another and asks again.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from sllm_mini.wire import Message
+
+RequestName = Annotated[str, Meta(min_length=1, max_length=200)]
+OwnerName = Annotated[str, Meta(min_length=1, max_length=200)]
+Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
+Text = Annotated[str, Meta(max_length=16384)]
+Finish = Literal["eos", "length", "stop", "cancelled"]
+Verdict = Literal["taken", "had", "stale", "refused"]
+"""What the ledger says to a token: "had" to an exact repeat, "stale" to one of an epoch that is over, "refused" to one that
+leaves a gap, contradicts an earlier one, or comes after the end."""
+
+MAX_TOKENS = 256
+"""Tokens in one delivery; the texts of so many stay far below what a channel takes."""
+
+
+class Token(Message, frozen=True):
+    """One token of a request's text, as the owner in `epoch` gave it; the last one says how the text ended."""
+
+    request_id: RequestName
+    epoch: Count
+    position: Count
+    token_id: Count
+    text: Text
+    finish: Finish | None = None
+
+
+class Owner(Message, frozen=True):
+    """Answered by `Owned`."""
+
+    request_id: RequestName
+
+
+class Claim(Message, frozen=True):
+    """Answered by `Claimed`."""
+
+    request_id: RequestName
+    owner: OwnerName
+    expected_epoch: Count
+    ticket: Count | None
+
+
+class Release(Message, frozen=True):
+    """Answered by `Released`."""
+
+    request_id: RequestName
+    owner: OwnerName
+    epoch: Count
+
+
+class Deliver(Message, frozen=True):
+    """Tokens for the ledger, of any requests. Answered by `Verdicts`, one each."""
+
+    tokens: Annotated[list[Token], Meta(max_length=MAX_TOKENS)]
+
+
+class GiveUp(Message, frozen=True):
+    """The owner in `epoch` cannot go on. Answered by `Released`, as `TokenLedger.give_up` says."""
+
+    request_id: RequestName
+    epoch: Count
+    reason: Annotated[str, Meta(max_length=8192)]
+
+
+Request = Owner | Claim | Release | Deliver | GiveUp
+
+
+class Owned(Message, frozen=True):
+    owner: OwnerName | None
+    epoch: Count
+
+
+class Claimed(Message, frozen=True):
+    """The new epoch; None for whoever came too late."""
+
+    epoch: Count | None
+
+
+class Released(Message, frozen=True):
+    done: bool
+
+
+class Verdicts(Message, frozen=True):
+    verdicts: Annotated[list[Verdict], Meta(max_length=MAX_TOKENS)]
+
+
+Answer = Owned | Claimed | Released | Verdicts

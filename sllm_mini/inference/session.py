@@ -1,0 +1,170 @@
+"""The state of one request as one object: all that another engine of the same weights needs to go on with it.
+
+Tokens, how they are chosen and how far the reader has come. What follows from the tokens is not in it: the penalty's
+history, the state of the detokenizer, the random generator (a function of seed and position) are rebuilt. Keys and
+values travel beside it or are computed again. Costs a few bytes a token. Read strictly, nothing is unpickled. Taught
+in chapter 07.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated
+
+import msgspec
+
+from sllm_mini.errors import FormatError
+from sllm_mini.inference.sampler import SamplingOptions
+from sllm_mini.wire.message import Message, decoder
+
+VERSION = 1
+_MAGIC = b"sllm-session"
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+_Token = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0)]
+_Name = Annotated[str, msgspec.Meta(max_length=256)]
+_Text = Annotated[str, msgspec.Meta(max_length=1 << 16)]
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of one request went, in seconds; the consumer's own time between two tokens is in none of them
+    but `first_token_seconds`, which counts from the request to the first token. In a batch every request counts the
+    whole step. `queue_seconds` ends where the prefill starts, `load_seconds` is the part of the prefill that waited for
+    weights and is not in `prefill_seconds`."""
+
+    tokenize_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    decode_steps: int = 0
+    queue_seconds: float = 0.0
+    load_seconds: float = 0.0
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean time of a decode step, 0 where there was none."""
+        return self.decode_seconds / self.decode_steps if self.decode_steps else 0.0
+
+
+class _Sampling(Message, frozen=True):
+    temperature: float
+    top_k: _Count
+    top_p: float
+    seed: Annotated[int, msgspec.Meta(ge=0)]
+    repetition_penalty: float
+
+
+class _Timings(Message, frozen=True):
+    tokenize_seconds: _Seconds
+    prefill_seconds: _Seconds
+    decode_seconds: _Seconds
+    first_token_seconds: _Seconds
+    decode_steps: _Count
+    queue_seconds: _Seconds
+    load_seconds: _Seconds
+
+
+class _State(Message, frozen=True, tag="Session"):
+    request_id: _Name
+    model: _Name
+    token_ids: tuple[_Token, ...]
+    prompt_length: _Count
+    max_new_tokens: _Count
+    sampling: _Sampling
+    stop: tuple[_Text, ...]
+    stop_at_eos: bool
+    emitted_text_nchars: _Count
+    held_text: _Text | None
+    timings: _Timings
+    elapsed_seconds: _Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One request between two steps. `token_ids` is the sequence so far, prompt included; a cache that belongs to it
+    holds one token fewer. `model` names the weights. `emitted_text_nchars` counts the characters given out,
+    `held_text` is what a stop string holds back (None: whoever made this does not know; it is rebuilt). Clocks do not
+    travel, so `elapsed_seconds` says how long ago the request came. Raises ValueError for what no request can be in.
+    """
+
+    request_id: str
+    model: str
+    token_ids: tuple[int, ...]
+    prompt_length: int
+    max_new_tokens: int
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    stop: tuple[str, ...] = ()
+    stop_at_eos: bool = True
+    emitted_text_nchars: int = 0
+    held_text: str | None = ""
+    timings: Timings = field(default_factory=Timings)
+    elapsed_seconds: float = 0.0
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem:
+            raise ValueError(problem)
+
+    def _problem(self) -> str | None:
+        if self.version != VERSION:
+            return f"the session has version {self.version}; this release reads version {VERSION}"
+        if not self.request_id:
+            return "the session has no request_id; give it the request's"
+        if not 1 <= self.prompt_length <= len(self.token_ids):
+            return f"the session's prompt has {self.prompt_length} of its {len(self.token_ids)} tokens; it must have at least 1 and at most all of them"
+        if self.max_new_tokens < 1 or self.remaining_tokens < 0:
+            return f"the session has {len(self.new_ids)} new tokens of at most {self.max_new_tokens}; the limit must be at least 1 and not passed"
+        if not all(self.stop):
+            return "a stop string of the session is empty; leave it out"
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            if not math.isfinite(getattr(self.sampling, name)):
+                return f"the session's {name} is not a finite number"
+        seconds = [self.elapsed_seconds, *asdict(self.timings).values()]
+        if not all(math.isfinite(value) and value >= 0 for value in seconds):
+            return "a time of the session is not a number of seconds"
+        return None
+
+    @property
+    def remaining_tokens(self) -> int:
+        """How many more may come."""
+        return self.max_new_tokens - (len(self.token_ids) - self.prompt_length)
+
+    @property
+    def new_ids(self) -> tuple[int, ...]:
+        """The tokens generated so far."""
+        return self.token_ids[self.prompt_length :]
+
+    def to_bytes(self) -> bytes:
+        """A fixed beginning, the version, then MessagePack: the same bytes for equal sessions. Raises ValueError for
+        values that the format has no room for."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "version"}
+        state = _State(**values | {"sampling": _Sampling(**asdict(self.sampling)), "timings": _Timings(**asdict(self.timings))})
+        try:
+            encoded = _MAGIC + bytes([self.version]) + msgspec.msgpack.encode(state)
+        except (UnicodeEncodeError, OverflowError) as error:
+            raise ValueError(f"the session cannot be written ({error}); its texts must be valid Unicode and its numbers below 2^64") from error
+        try:
+            Session.from_bytes(encoded)
+        except FormatError as error:
+            raise ValueError(f"the session cannot be written: {error}") from error
+        return encoded
+
+    @classmethod
+    def from_bytes(cls, raw: bytes | bytearray | memoryview) -> Session:
+        """The session that `to_bytes` wrote. Raises FormatError for any other bytes."""
+        raw = bytes(raw)
+        head = len(_MAGIC)
+        if raw[:head] != _MAGIC or len(raw) <= head:
+            raise FormatError("these bytes are not a session; give what Session.to_bytes wrote")
+        if raw[head] != VERSION:
+            raise FormatError(f"the session has version {raw[head]}; this release reads version {VERSION}")
+        try:
+            state = decoder(_State).decode(raw[head + 1 :])
+            values = {name: getattr(state, name) for name in _State.__struct_fields__}
+            values |= {"sampling": SamplingOptions(**msgspec.structs.asdict(state.sampling)), "timings": Timings(**msgspec.structs.asdict(state.timings))}
+            return cls(**values)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+            raise FormatError(f"the session cannot be read: {' '.join(str(error).split())[:300]}") from error

@@ -1,0 +1,125 @@
+"""`bench decode` as one call: three ways to answer the same requests, interleaved. Call from one thread. Shown in chapter 07.
+
+Models are resident and each way has answered once before anything is timed. In each round every workload is answered once
+by every way, in a shuffled order that a seed fixes. Costs the model's memory once per way.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sllm_mini.checkpoint import Checkpoint
+from sllm_mini.device import get_device
+from sllm_mini.lab.bench.checksum import sum_tensors
+from sllm_mini.lab.decode.document import OURS, assemble
+from sllm_mini.lab.decode.variants import VARIANTS, Answers, Variant, opened
+from sllm_mini.lab.decode.workload import workloads
+from sllm_mini.lab.models import workspace
+from sllm_mini.lab.overlap.measure import prepared_checkpoint
+from sllm_mini.loading import load_tensors
+from sllm_mini.loading.probe import measure_machine
+
+DEFAULT_MODEL = "opt-125m"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to measure. `batches`: how many requests at once. Raises ValueError for what measures nothing."""
+
+    rounds: int = 5
+    batches: tuple[int, ...] = (1, 8)
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    device: str = "cpu"
+    only: tuple[Variant, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "prompt_tokens", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.batches or min(self.batches) < 1:
+            raise ValueError("a batch has at least one request")
+
+
+def measure_decode(
+    model: str | os.PathLike[str] = DEFAULT_MODEL,
+    *,
+    options: Options | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    keep: bool = False,
+    on_stage: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measures one model; returns the document (see `document`).
+
+    `model`: a checkpoint of ours, a Hugging Face directory or a published shape; `folder` and `keep` as for
+    `measure_overlap`. Raises CheckpointError for an unknown model, ModelError where a way gives no answer.
+    """
+    options = options or Options()
+    root = Path(folder) if folder is not None else workspace() / "bench"
+    say = on_stage or (lambda _: None)
+    with prepared_checkpoint(os.fspath(model), root, keep, say) as (checkpoint, weights):
+        facts = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "machine": asdict(measure_machine(checkpoint.path)),
+            "model": {"name": Path(model).name, "tensor_count": len(checkpoint.index.tensors), "nbytes": checkpoint.nbytes, "weights": weights},
+            "method": {
+                "device": options.device, "rounds": options.rounds, "batches": list(options.batches), "prompt_tokens": options.prompt_tokens,
+                "new_tokens": options.new_tokens, "seed": options.seed, "sampling": "greedy, past every end of text",
+                "not_timed": "the load, and one answer of each way to each workload",
+            },
+        }  # fmt: skip
+        return _run(checkpoint, options, facts, say)
+
+
+def _run(checkpoint: Checkpoint, options: Options, facts: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    loads = workloads(options.batches, options.prompt_tokens, options.new_tokens, options.seed)
+    largest = max(loads, key=lambda load: len(load.requests) * load.new_tokens)
+    chosen: Sequence[Variant] = [variant for variant in VARIANTS if variant == OURS or variant in (options.only or VARIANTS)]
+    device = get_device(options.device)
+    with ExitStack() as stack:
+        runs = {}
+        for variant in chosen:
+            say(f"loading for {variant}")
+            runs[variant] = stack.enter_context(opened(variant, checkpoint, options.device, largest))
+        weights = load_tensors(checkpoint, options.device)
+        first: dict[tuple[str, Variant], Answers] = {}
+        for load in loads:
+            for variant in chosen:
+                say(f"a first answer, untimed: {variant}, {load.name}")
+                first[load.name, variant] = runs[variant](load)
+        samples: dict[tuple[str, Variant], list[float]] = {key: [] for key in first}
+        reads: list[float] = []
+        by_name = {load.name: load for load in loads}
+        generator = random.Random(options.seed)
+        for number in range(options.rounds):
+            for name, variant in generator.sample(list(samples), len(samples)):
+                say(f"round {number + 1} of {options.rounds}: {variant}, {name}")
+                device.synchronize()
+                started = time.monotonic()
+                runs[variant](by_name[name])
+                device.synchronize()
+                samples[name, variant].append(time.monotonic() - started)
+            started = time.monotonic()
+            sum_tensors(weights.values())
+            reads.append(time.monotonic() - started)
+    same = {(name, variant): _same_share(answers, first[name, OURS]) for (name, variant), answers in first.items()}
+    return assemble(loads, samples, same, reads, facts)
+
+
+def _same_share(answers: Answers, ours: Answers) -> float:
+    """Of all new tokens, those before the first that differs, request by request: after a tie two answers go apart for good."""
+    same = 0
+    for answer, own in zip(answers, ours, strict=True):
+        same += next((place for place, (a, b) in enumerate(zip(answer, own, strict=True)) if a != b), len(own))
+    return same / sum(map(len, ours))
