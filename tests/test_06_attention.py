@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from sllm_mini.device import CpuDevice, CudaDevice, get_device
 from sllm_mini.device.fake import RecordingRuntime
 from sllm_mini.errors import ModelError, UnsupportedError
+from sllm_mini.inference import Engine
 from sllm_mini.inference import attention as attention_module
 from sllm_mini.inference.attention import (
     AttentionShape,
@@ -209,6 +210,35 @@ def test_a_model_decodes_by_the_kernel_as_by_sdpa(gpu_for: Folder, window: int |
             assert launches() == (at - 29) * 2 * 2
         model(tokens[:, :1], past_key_values=cache)  # outside of `decoding`
     assert launches() == 10 * 2 * 2
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_an_engine_decodes_by_the_kernel_as_by_sdpa(gpu_for: Folder, window: int | None) -> None:
+    plain = Engine(tiny(sliding_window=window))
+    engine = Engine(tiny(sliding_window=window))
+    device = gpu_for(AttentionShape.of_config(engine.model.config, "float32"))
+    engine.runner.use_decode_kernel(device)
+    names = device.toolkit.runtime.names  # type: ignore[attr-defined]
+    prompts = [list(range(3, 3 + length)) for length in (30, 5, 17)]
+    before = names().count("launch")
+    for one in (plain, engine):
+        for number, prompt in enumerate(prompts):
+            one.submit(prompt, max_new_tokens=16 + number, request_id=str(number), on_piece=lambda _: None)
+    while plain.step():
+        assert engine.step()
+        if plain.requests:
+            assert [engine.session(name).token_ids for name in engine.requests] == [plain.session(name).token_ids for name in plain.requests]
+            lengths = plain.kv.lengths
+            for row, length in enumerate(lengths):
+                ours, theirs = (one.kv.read(row, 0, length).view(torch.float32) for one in (engine, plain))
+                assert (ours - theirs).abs().max() < 1e-5
+    assert not engine.step()
+    assert names().count("launch") - before > 2 * 2 * 15, "decode steps are the kernel's"
+
+
+def test_a_processor_has_no_decode_kernel() -> None:
+    with pytest.raises(UnsupportedError, match="CUDA kernel"):
+        Engine(tiny(), decode_kernel=True)
 
 
 def test_what_the_kernel_has_no_place_for_is_sdpas(gpu_for: Folder) -> None:

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from sllm_mini.checkpoint.directory import Checkpoint
-from sllm_mini.device.base import Device
+from sllm_mini.device import Device, get_device
 from sllm_mini.errors import ModelError
 from sllm_mini.inference.movable import Movable
 from sllm_mini.inference.overlap import WAIT_LANE, StreamedModel, stream_model
@@ -35,11 +35,15 @@ class Engine(Movable):
 
     `name` says whose weights these are. `streamed` is the load that an engine with overlap began with, None for any
     other. Raises ModelError for a model it cannot run exactly (see `Runner`). Safe from several threads: they take
-    turns, and every step serves all requests; at most `max_batch` of them decode together, others wait.
+    turns, and every step serves all requests; at most `max_batch` of them decode together, others wait. With
+    `decode_kernel` decode steps attend by our own CUDA kernel instead of torch's (see `attention`): UnsupportedError
+    where there is no GPU or no kernel for the model.
     """
 
-    def __init__(self, model: Any, tokenizer: Any | None = None, *, max_batch: int = 8, name: str = "") -> None:
+    def __init__(self, model: Any, tokenizer: Any | None = None, *, max_batch: int = 8, name: str = "", decode_kernel: bool = False) -> None:
         super().__init__(model, max_batch, name, None if tokenizer is None else TextDecoder(tokenizer))
+        if decode_kernel:
+            self.runner.use_decode_kernel(get_device(self.runner.device))
         self.tokenizer = tokenizer
         self.streamed: StreamedModel | None = None
 
@@ -53,6 +57,7 @@ class Engine(Movable):
         overlap: bool = False,
         recorder: SpanRecorder | None = None,
         max_batch: int = 8,
+        decode_kernel: bool = False,
     ) -> Engine:
         """An engine for a checkpoint of ours, on `device`, named after the digest of its index; without tokenizer files,
         prompts are token ids.
@@ -65,21 +70,19 @@ class Engine(Movable):
         raised by the generation.
         """
         from sllm_mini.checkpoint import open_checkpoint
-        from sllm_mini.checkpoint.hashing import bytes_digest
-        from sllm_mini.checkpoint.index import encode_index
         from sllm_mini.loading import load_model, start_load
 
         checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-        name = bytes_digest(encode_index(checkpoint.index))
+        name = checkpoint.digest
         with recorder.span("tokenizer", warmth=Warmth.DRAM) if recorder is not None else nullcontext():
             tokenizer = load_tokenizer(checkpoint)
         if not overlap:
-            return cls(load_model(checkpoint, device, verify=verify, recorder=recorder), tokenizer, max_batch=max_batch, name=name)
+            return cls(load_model(checkpoint, device, verify=verify, recorder=recorder), tokenizer, max_batch=max_batch, name=name, decode_kernel=decode_kernel)
         recorder = recorder or SpanRecorder()
         loading = start_load(checkpoint, device, verify=verify, recorder=recorder)
         try:
             streamed = stream_model(loading, recorder=recorder)
-            engine = cls(streamed.model, tokenizer, max_batch=max_batch, name=name)
+            engine = cls(streamed.model, tokenizer, max_batch=max_batch, name=name, decode_kernel=decode_kernel)
         except BaseException:
             loading.cancel()
             raise

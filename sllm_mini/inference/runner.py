@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from sllm_mini.errors import ModelError
@@ -17,6 +18,8 @@ from sllm_mini.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
+    from sllm_mini.device.base import Device
+    from sllm_mini.inference.attention import DecodeAttention
     from sllm_mini.inference.kv import SlotCache
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -47,10 +50,19 @@ class Runner:
         self.eos_ids = _as_ids(generation.eos_token_id)
         self.bos_id = next(iter(_as_ids(getattr(generation, "bos_token_id", None))), None)
         self.dtype: torch.dtype = embedding.weight.dtype
+        self._attention: DecodeAttention | None = None
         self._kinds = self._mask_kinds()
         self._can_batch: bool | None = None
         self._positions: torch.Tensor | None = None
         self._cache_proven = False
+
+    def use_decode_kernel(self, device: Device) -> None:
+        """From now on a step of one token per row attends by our own kernel. Raises as `use_decode_attention` does, and changes
+        nothing then."""
+        from sllm_mini.inference.attention import use_decode_attention
+
+        self._attention = use_decode_attention(self.model, device)
+        self._kinds, self._can_batch = self._mask_kinds(), None
 
     @property
     def name(self) -> str:
@@ -139,7 +151,9 @@ class Runner:
         ntokens, length = token_ids.shape[1], cache.lengths[row] + token_ids.shape[1]
         with torch.inference_mode():
             cache.start_pass(row, 1, ntokens)
-            logits = self._forward(token_ids, cache, self._upto(length)[:, length - ntokens :], length, None)
+            positions = self._upto(length)[:, length - ntokens :]
+            with self._attending(positions, length) if ntokens == 1 else nullcontext():
+                logits = self._forward(token_ids, cache, positions, length, None)
         cache.end_pass(row, 1, ntokens)
         return logits
 
@@ -164,9 +178,20 @@ class Runner:
                 cache.start_pass(0, count, 1, counting[0, :count], index)
                 positions = index.unsqueeze(1)
                 mask = self._masks(counting[:, : longest + 1], positions)
-            logits = self._forward(token_ids, cache, positions, longest + 1, mask)
+            with self._attending(positions, longest + 1):
+                logits = self._forward(token_ids, cache, positions, longest + 1, mask)
         cache.end_pass(0, count, 1)
         return logits
+
+    def _attending(self, positions: torch.Tensor, longest: int) -> AbstractContextManager[None]:
+        """Around a pass of one token per row at these `positions` `[rows, 1]`."""
+        if self._attention is None:
+            return nullcontext()
+        import torch
+
+        from sllm_mini.inference.attention import decoding
+
+        return decoding(self._attention, (positions[:, 0] + 1).to(torch.int32), longest)
 
     def _upto(self, length: int) -> torch.Tensor:
         """The positions `[1, length]`, counted once."""
@@ -210,7 +235,7 @@ class Runner:
         kinds = dict(zip(types, self.windows, strict=True)) if len(types) == len(self.windows) else {}
         known = kinds.keys() <= {"full_attention", "sliding_attention"} and all(kinds[kind] == window for kind, window in zip(types, self.windows, strict=False))
         through_masks = getattr(self.model, "_supports_attention_backend", False) and getattr(self.config, "attention_chunk_size", None) is None
-        ours = getattr(self.config, "_attn_implementation", None) in ("sdpa", "eager")
+        ours = self._attention is not None or getattr(self.config, "_attn_implementation", None) in ("sdpa", "eager")
         return kinds if kinds and known and through_masks and ours else None
 
     def _masks(self, counting: torch.Tensor, positions: torch.Tensor) -> Any:
