@@ -28,6 +28,8 @@ _HOMES = {
     "Store": "sllm_mini.storage",
     "StoreClient": "sllm_mini.storage",
     "Engine": "sllm_mini.inference",
+    "Session": "sllm_mini.inference",
+    "migrate": "sllm_mini.inference",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the table above is the one list
 
