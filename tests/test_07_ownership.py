@@ -13,7 +13,6 @@ import pytest
 from fake_engine import FakeEngine, whole_text
 
 from sllm_mini.errors import ModelError, WireError
-from sllm_mini.inference.connections import Connections
 from sllm_mini.inference.feed import TokenFeed
 from sllm_mini.inference.ledger import TokenLedger
 from sllm_mini.inference.ownership import EpochRegister
@@ -22,7 +21,7 @@ from sllm_mini.inference.ownership_server import OwnershipClient, OwnershipServe
 from sllm_mini.inference.sampler import SamplingOptions
 from sllm_mini.inference.session import Session
 from sllm_mini.types import Epoch
-from sllm_mini.wire import Channel, connect
+from sllm_mini.wire import Channel, Connections, connect
 
 
 def story(request_id: str = "story", max_new_tokens: int = 30) -> Session:

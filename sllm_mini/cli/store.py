@@ -92,7 +92,7 @@ def store(
         threading.Thread(target=_close_when_told, args=(server, told), name="sllm-store-end", daemon=True).start()
         try:
             _announce(opened, server.address, policy, json)
-            server.serve()
+            server.wait()
         finally:
             opened.close()  # first: it ends loads, and with them whoever waits for one on a connection
             server.close()

@@ -12,12 +12,11 @@ import os
 
 from sllm_mini.errors import SllmError, WireError
 from sllm_mini.inference import migration_messages as messages
-from sllm_mini.inference.connections import Connections
 from sllm_mini.inference.feed import Speaker, TokenFeed
 from sllm_mini.inference.ownership import Register
 from sllm_mini.inference.session import Session
 from sllm_mini.types import Epoch
-from sllm_mini.wire import Channel
+from sllm_mini.wire import Channel, Connections
 
 GUEST_SECONDS = 60.0
 """A source that is silent for so long is given up, and its guest forgotten."""

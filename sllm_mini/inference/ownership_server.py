@@ -14,11 +14,10 @@ from typing import TypeVar
 
 from sllm_mini.errors import WireError
 from sllm_mini.inference import ownership_messages as messages
-from sllm_mini.inference.connections import Connections
 from sllm_mini.inference.ledger import TokenLedger
 from sllm_mini.inference.ownership import EpochRegister, Ownership
 from sllm_mini.types import Epoch
-from sllm_mini.wire import Channel, connect
+from sllm_mini.wire import Channel, Connections, connect
 
 ANSWER_SECONDS = 2.0
 """How long an answer may take; the arbiter only looks into a dictionary."""

@@ -288,10 +288,12 @@ class Bringer:
 
 
 def follow(arriving: Arriving, on_progress: ProgressCallback | None) -> None:
-    """Waits for a transfer and reports its progress. Raises its error."""
-    while not arriving.done:
-        with suppress(TimeoutError):
-            arriving.wait(_LOOK_SECONDS if on_progress is not None else None)
-        if on_progress is not None:
+    """Waits for a transfer and reports its progress, at its end in any case. Raises its error."""
+    if on_progress is not None:
+        while not arriving.done:
             on_progress(arriving.progress)
+            with suppress(TimeoutError):
+                arriving.wait(_LOOK_SECONDS)
     arriving.wait()
+    if on_progress is not None:
+        on_progress(arriving.progress)

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import os
 import queue
-import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
 from sllm_mini.checkpoint.index import encode_index
 from sllm_mini.device.cuda_memory import DeviceMemory
-from sllm_mini.errors import SllmError, StoreError, WireError
+from sllm_mini.errors import SllmError, StoreError
 from sllm_mini.storage import messages
 from sllm_mini.storage.attach import Arriving
 from sllm_mini.storage.failures import failure
@@ -25,12 +23,10 @@ from sllm_mini.storage.holdings import DRAM, Lease
 from sllm_mini.storage.lending import duplicate
 from sllm_mini.storage.store import Store
 from sllm_mini.types import Progress
-from sllm_mini.wire import MAX_FDS, Channel, ChannelClosed, WireTimeout, listen
-from sllm_mini.wire.listener import Listener
+from sllm_mini.wire import MAX_FDS, Channel, ChannelClosed, Connections, WireTimeout
 
 SEND_SECONDS = 30.0
 """A client that does not read for so long is given up."""
-_ACCEPT_SECONDS = 0.5
 _PROGRESS_SECONDS = 0.1
 _SPOKE = "a connection that attached a model takes no other request; open another"
 
@@ -38,91 +34,45 @@ RequestChannel = Channel[messages.Request]
 
 
 class StoreServer:
-    """Serves `store` at `address`, which it does not own. Raises WireError if the address cannot be had. `serve` runs until
-    `close`, which any thread may call; as a context manager it serves on a thread of its own."""
+    """Serves `store`, which it does not own, at `address` until `close`, which any thread may call. Raises WireError if the
+    address cannot be had."""
 
     def __init__(self, store: Store, address: str | os.PathLike[str]) -> None:
         self.store = store
-        self._listener: Listener = listen(address)
-        self._lock = threading.Lock()
-        self._closed = False
-        self._channels: dict[threading.Thread, RequestChannel] = {}
-        self._thread = threading.Thread(target=self.serve, name="sllm-store-accept", daemon=True)
+        self._connections: Connections[messages.Request] = Connections(address, messages.Request, self._talk, name="sllm-store")
 
     @property
     def address(self) -> str:
-        return self._listener.path
+        return self._connections.address
 
-    def serve(self) -> None:
-        """Accepts connections until the server is closed."""
-        while True:
-            try:
-                sock = self._listener.accept(_ACCEPT_SECONDS)
-            except WireTimeout:
-                continue
-            except ChannelClosed:
-                return
-            except WireError:  # no descriptor is left for it: some will be when another client goes
-                time.sleep(_PROGRESS_SECONDS)
-                continue
-            self._begin(Channel(sock, messages.Request, name="store's client"))
+    def wait(self) -> None:
+        """Returns once the server was closed."""
+        self._connections.wait()
 
     def close(self) -> None:
         """Ends every connection and waits for their threads; the socket's file goes."""
-        with self._lock:
-            self._closed = True
-        self._listener.close()
-        if self._thread.is_alive():
-            self._thread.join()
-        while True:
-            with self._lock:
-                channels = dict(self._channels)
-            if not channels:
-                return
-            for channel in channels.values():
-                channel.close()
-            for thread in channels:
-                thread.join()
-
-    def _begin(self, channel: RequestChannel) -> None:
-        """Talks to a client on a thread of its own; a client for whom there is none finds its connection closed."""
-        thread = threading.Thread(target=self._talk, args=(channel,), name="sllm-store-client", daemon=True)
-        with self._lock:
-            if not self._closed:
-                try:
-                    thread.start()
-                    self._channels[thread] = channel
-                    return
-                except RuntimeError:
-                    time.sleep(_PROGRESS_SECONDS)  # as above, for threads
-        channel.close()
+        self._connections.close()
 
     def __enter__(self) -> StoreServer:
-        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def _talk(self, channel: RequestChannel) -> None:
-        try:
-            with channel, suppress(WireError):  # a client that is gone, or speaks another protocol, is nobody's error here
-                while True:
-                    request = channel.receive().message
-                    try:
-                        if isinstance(request, messages.Attach):
-                            self._attach(channel, request)
-                        elif isinstance(request, messages.Watch):
-                            self._watch(channel)
-                        else:
-                            _send(channel, self._answer(channel, request))
-                    except (ChannelClosed, WireTimeout):
-                        raise  # there is nobody to tell
-                    except (SllmError, OSError, ValueError) as error:
-                        _send(channel, failure(error))
-        finally:
-            with self._lock:
-                del self._channels[threading.current_thread()]
+        while True:
+            request = channel.receive().message
+            try:
+                if isinstance(request, messages.Attach):
+                    self._attach(channel, request)
+                elif isinstance(request, messages.Watch):
+                    self._watch(channel)
+                else:
+                    _send(channel, self._answer(channel, request))
+            except (ChannelClosed, WireTimeout):
+                raise  # there is nobody to tell
+            except (SllmError, OSError, ValueError) as error:
+                _send(channel, failure(error))
 
     def _answer(self, channel: RequestChannel, request: messages.Request) -> messages.Answer:
         store = self.store

@@ -12,7 +12,8 @@ A channel that receives several kinds is a `Channel[Ping | Pong]`, made with `Pi
 """
 
 from sllm_mini.wire.channel import MAX_FDS, BytesLike, Channel, Received
+from sllm_mini.wire.connections import Connections
 from sllm_mini.wire.listener import Listener, Peer, connect, listen, peer
 from sllm_mini.wire.message import ChannelClosed, Message, WireTimeout
 
-__all__ = ["MAX_FDS", "BytesLike", "Channel", "ChannelClosed", "Listener", "Message", "Peer", "Received", "WireTimeout", "connect", "listen", "peer"]
+__all__ = ["MAX_FDS", "BytesLike", "Channel", "ChannelClosed", "Connections", "Listener", "Message", "Peer", "Received", "WireTimeout", "connect", "listen", "peer"]

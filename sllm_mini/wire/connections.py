@@ -1,4 +1,7 @@
-"""A Unix socket with one thread per connection: what the arbiter and a destination of moves are served on (chapter 07)."""
+"""A Unix socket with one thread per connection: what the store, the arbiter and a destination of moves are served on.
+
+Explained in chapter 05.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from types import UnionType
 from typing import Generic, TypeVar
 
 from sllm_mini.errors import WireError
-from sllm_mini.wire import Channel, ChannelClosed, Message, WireTimeout, listen
+from sllm_mini.wire.channel import Channel
+from sllm_mini.wire.listener import listen
+from sllm_mini.wire.message import ChannelClosed, Message, WireTimeout
 
 _ACCEPT_SECONDS = 0.5
 _PAUSE_SECONDS = 0.1
@@ -39,6 +44,10 @@ class Connections(Generic[M]):
     @property
     def address(self) -> str:
         return self._listener.path
+
+    def wait(self) -> None:
+        """Returns once `close` was called, by whichever thread."""
+        self._thread.join()
 
     def close(self) -> None:
         """Ends every connection and waits for their threads; the socket's file goes."""
