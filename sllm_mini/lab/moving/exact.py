@@ -15,7 +15,7 @@ from sllm_mini.checkpoint import Checkpoint
 from sllm_mini.inference.engine import Engine
 from sllm_mini.inference.text import load_tokenizer
 from sllm_mini.lab.moving.parts import torch_threads
-from sllm_mini.lab.style import INK, MUTED, color_of, darker, use_style
+from sllm_mini.lab.style import MUTED, color_of, darker, use_style
 from sllm_mini.lab.table import Table
 from sllm_mini.loading import load_model
 
@@ -122,12 +122,12 @@ def _place(position: int, source: torch.Tensor, destination: torch.Tensor) -> Pl
 
 def plot_margins(compared: Sequence[Compared]) -> Figure:
     """For each recomputed run a panel: how far the lead of the best token moved against the margin it had. A token can differ
-    only above the diagonal; those that do are crossed."""
+    only on the diagonal or above; those that do are crossed. What is 0 stands at the left or the lower edge."""
     from matplotlib import pyplot
 
     use_style()
     runs = [run for run in compared if run.way == "recomputed"]
-    figure, panels = pyplot.subplots(1, len(runs), figsize=(7.4, 3.6), sharex=True, sharey=True, squeeze=False, layout="constrained")
+    figure, panels = pyplot.subplots(1, len(runs), figsize=(7.4, 3.8), sharex=True, sharey=True, squeeze=False, layout="constrained")
     values = [value for run in runs for place in run.places for value in (place.margin, abs(place.margin - place.lead)) if value > 0]
     floor, top = min(values) / 2, max(values) * 2
     for run, ax in zip(runs, panels[0], strict=True):
@@ -139,10 +139,9 @@ def plot_margins(compared: Sequence[Compared]) -> Figure:
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_title(f"{run.dtype}: {len(run.differing)} of {len(run.places)} differ", fontsize=10)
-        ax.set_xlabel("lead of the best token over the second")
-    panels[0, 0].set_ylabel("how far recomputing moved it")
+        ax.set_xlabel("lead of the best token (logits)")
+    panels[0, 0].set_ylabel("how far recomputing moved it (logits)")
     panels[0, 0].legend(loc="upper left", fontsize=8.5)
-    panels[0, 0].annotate("on the axes: 0", (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=8.5, color=INK)
     return figure
 
 

@@ -29,6 +29,8 @@ class Parts:
 
     step_seconds: float
     speeds: Speeds
+    session_nbytes: int
+    """Of a session without tokens, nearly."""
     session_nbytes_per_token: float
     target_gap_tokens: int = MoveOptions().target_gap_tokens
 
@@ -52,7 +54,7 @@ def predict(parts: Parts, mode: Mode, context: int) -> Prediction:
     stopping first adds all of them. Pure.
     """
     speeds = parts.speeds
-    session = 2 * parts.session_nbytes_per_token * context
+    session = 2 * (parts.session_nbytes + parts.session_nbytes_per_token * context)
     if mode == "tokens":
         return Prediction(mode, context, session + _TOKEN_NBYTES * context, context / speeds.recompute_tokens_per_second, 2.0)
     copy = context * speeds.kv_nbytes_per_token / speeds.link_bytes_per_second
@@ -73,7 +75,8 @@ def measure_parts(checkpoint: Checkpoint, *, tokens: int = 512, device: str = "c
         step = statistics.median(later - earlier for earlier, later in zip(times[1:], times[2:], strict=False))
         session = generation.session()
         engine.hold(session.request_id)
-        nbytes = len(session.to_bytes())
+        short = replace(session, token_ids=session.token_ids[:1], prompt_length=1)
+        nbytes, least = len(session.to_bytes()), len(short.to_bytes())
         for name in ("warm", "measured"):  # the first pass of a kind allocates
             guest = replace(session, request_id=name)
             engine.prepare(guest)
@@ -86,7 +89,7 @@ def measure_parts(checkpoint: Checkpoint, *, tokens: int = 512, device: str = "c
             engine.drop(name)
         kv = engine.kv_nbytes_per_token
         generation.close()
-    return Parts(step, Speeds(recompute, link, kv), nbytes / len(session.token_ids))
+    return Parts(step, Speeds(recompute, link, kv), least, (nbytes - least) / (len(session.token_ids) - 1))
 
 
 def _carry(engine: Engine, source: str, guest: str) -> float:

@@ -54,6 +54,7 @@ def plot_moves(document: Mapping[str, Any], predicted: Sequence[Prediction]) -> 
             ax.set_yscale("log")
     panels[2].set_ylim(0, None)
     panels[2].axhline(1, color=MUTED, linewidth=1.0, linestyle="--")
+    panels[2].annotate("no pause", (0.99, 1), xycoords=("axes fraction", "data"), xytext=(0, -3), textcoords="offset points", ha="right", va="top", fontsize=8.5, color=MUTED)
     handles, labels = panels[0].get_legend_handles_labels()
     handles += panels[0].plot([], [], color=MUTED, linestyle=":", linewidth=1.2)
     figure.legend(handles, [*labels, "predicted"], loc="outside lower center", ncols=4)
@@ -102,7 +103,7 @@ def plot_break_even(speeds: Speeds, ax: Axes | None = None) -> Axes:
 
     if ax is None:
         use_style()
-        _, ax = pyplot.subplots(figsize=(7.2, 3.7), layout="constrained")
+        _, ax = pyplot.subplots(figsize=(7.2, 4.1), layout="constrained")
     low, high = _range(speeds)
     links = [low * (high / low) ** (step / 200) for step in range(201)]
     ways = [replace(speeds, link_bytes_per_second=link) for link in links]
@@ -125,7 +126,9 @@ def plot_break_even(speeds: Speeds, ax: Axes | None = None) -> Axes:
     ax.set_xlim(gbits[0], gbits[-1])
     ax.set_xlabel("speed of the link (Gbit/s)")
     ax.set_ylabel(f"seconds for {_TOKENS:,} tokens".replace(",", " "))
-    ax.legend(loc="upper right", bbox_to_anchor=(1.0, 0.93), fontsize=8.5)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.figure.legend(loc="outside lower center", ncols=2, fontsize=9)  # type: ignore[union-attr]
     if len(changes) > 1:
         raise ValueError("choose_mode changes its mind more than once as the link gets faster; it must not")
     return ax
@@ -158,6 +161,19 @@ def described_break_even(document: Mapping[str, Any]) -> Described:
     """The break-even of a measured document."""
     speeds, _ = break_even(document)
     return draw_break_even(speeds.link_bytes_per_second / _GBIT, speeds.recompute_tokens_per_second, speeds.kv_nbytes_per_token / 1e3)
+
+
+def recompute_speeds_table(shapes: Mapping[str, Mapping[str, Any]]) -> Table:
+    """For configurations of published models, in 2-byte types: KV bytes a token, and for each usual link the recompute speed above
+    which sending tokens is the faster way. Arithmetic, nothing measured."""
+    rows = []
+    for name, config in shapes.items():
+        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        nbytes = 2 * 2 * config["num_hidden_layers"] * heads * size
+        rows.append((name, nbytes_text(nbytes), *(f"{gbit * _GBIT / nbytes:,.0f} tokens/s" for gbit in _LINKS)))
+    headers = ("model", "KV a token", *(f"at {gbit} Gbit/s" for gbit in _LINKS))
+    return Table(headers, tuple(rows), caption="Recompute, if the destination is faster than this", numeric=frozenset(range(1, 2 + len(_LINKS))))
 
 
 def draw_break_even(link_gbit: float, recompute: float, kv_kilobytes: float) -> Described:

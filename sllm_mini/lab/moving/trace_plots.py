@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MODE_WORDS = {"tokens": "tokens", "kv": "KV cache", "stop_and_copy": "stop and copy"}
 _SOURCE, _DESTINATION = "disk", "device"
 _PHASES = ("round", "stop", "copy", "hand over", "resume")
-_PHASE_WORDS = {"round": "rounds", "stop": "stop", "copy": "copy", "hand over": "hand over", "resume": "first step there"}
+_PHASE_WORDS = {"round": "rounds, the source decodes on", "stop": "stop", "copy": "copy", "hand over": "hand over", "resume": "first step there"}
 _ROLES = {"round": "wait", "stop": "process", "copy": "dram", "hand over": "runtime", "resume": "device"}
 
 
@@ -29,15 +29,16 @@ def plot_intervals(traces: Sequence[Trace]) -> Figure:
 
     use_style()
     figure, panels = pyplot.subplots(len(traces), 1, figsize=(7.2, 1.75 * len(traces) + 0.5), sharey=True, squeeze=False, layout="constrained")
-    for number, (trace, ax) in enumerate(zip(traces, panels[:, 0], strict=True)):
-        _intervals(ax, trace, legend=number == 0)
+    for trace, ax in zip(traces, panels[:, 0], strict=True):
+        _intervals(ax, trace)
     panels[0, 0].set_ylim(0, 1.12e3 * max(later.arrived - earlier.arrived for trace in traces for earlier, later in pairwise(trace.pieces)))
     panels[-1, 0].set_xlabel("new tokens of the request so far")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.supylabel("ms since the token before", fontsize=10)
     return figure
 
 
-def _intervals(ax: Axes, trace: Trace, *, legend: bool) -> None:
+def _intervals(ax: Axes, trace: Trace) -> None:
     before = sum(piece.arrived <= trace.started for piece in trace.pieces)
     numbers = range(2, len(trace.pieces) + 1)
     waits = [(later.arrived - earlier.arrived) * 1e3 for earlier, later in pairwise(trace.pieces)]
@@ -51,12 +52,10 @@ def _intervals(ax: Axes, trace: Trace, *, legend: bool) -> None:
     ax.axhline(trace.step_seconds * 1e3, color=MUTED, linewidth=1.0, linestyle=":", label="a step before the move")
     left = first > 0.6 * len(trace.pieces)
     ax.annotate(
-        f"{trace.gap_seconds / trace.step_seconds:.1f} steps", (first, waits[first - 2]), xytext=(-6 if left else 6, 0),
-        textcoords="offset points", ha="right" if left else "left", va="center", fontsize=9.5, color=INK,
+        f"{trace.gap_seconds / trace.step_seconds:.1f} steps", (first, 0.94), xycoords=("data", "axes fraction"), xytext=(-6 if left else 6, 0),
+        textcoords="offset points", ha="right" if left else "left", va="top", fontsize=9.5, color=INK,
     )  # fmt: skip
     ax.set_title(f"{MODE_WORDS[trace.mode]}, {trace.context} tokens of context", fontsize=10)
-    if legend:
-        ax.legend(loc="upper left", ncols=2, fontsize=8.5)
 
 
 def plot_phases(traces: Sequence[Trace], ax: Axes | None = None) -> Axes:

@@ -142,7 +142,11 @@ class _Bench:
         first = self.options.tokens[-1] if self.options.tokens else _TRIAL_TOKENS
         for mode in MODES:
             self._sample(mode, first)
-        wanted = dict.fromkeys(self.options.tokens, "asked for") or {SHORT_TOKENS: "short", max(SHORT_TOKENS, self._balanced()): "prefill about as long as the load"}
+        wanted = dict.fromkeys(self.options.tokens, "asked for")
+        if not wanted:
+            wanted, balanced = {SHORT_TOKENS: "short"}, self._balanced()
+            if balanced > SHORT_TOKENS:  # else the prefill takes longer than the load, however short the prompt
+                wanted[balanced] = "prefill about as long as the load"
         shares = {count: self.record("serial", count).compute_seconds() for count in wanted}
         found: dict[tuple[int, Mode], dict[int, Sample]] = {(count, mode): {} for count in wanted for mode in MODES}
         generator = random.Random(self.options.seed)

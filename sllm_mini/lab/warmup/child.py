@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 Answer = dict[str, Any]
 _AGAIN = 5
 _PROMPT = "Once upon a time there was a little girl who lived by the sea"
+_PARALLEL, _OF_MODEL = "parallel loop", ("prefill", "decode step after a prefill")
+_SMALL_NBYTES = 100_000_000
 _HEAP_NBYTES = 16 << 20
 """Small enough that the C library keeps it when it is freed, large enough for its page faults to be seen."""
 
 
 def first_call(what: str, path: str) -> Answer:
     """The seconds of the first call of one kind in this process and of five more."""
+    if what != _PARALLEL:
+        few_threads(path if what in _OF_MODEL else None)
     call = _CALLS[what](path)
     seconds = []
     for _ in range(1 + _AGAIN):
@@ -34,6 +38,16 @@ def first_call(what: str, path: str) -> Answer:
         call()
         seconds.append(time.perf_counter() - started)
     return {"first_seconds": seconds[0], "again_seconds": seconds[1:]}
+
+
+def few_threads(path: str | None = None) -> None:
+    """One, but for a model of real size: small work loses more to waking threads than it wins."""
+    import torch
+
+    from sllm_mini.checkpoint import open_checkpoint
+
+    if path is None or open_checkpoint(path).nbytes < _SMALL_NBYTES:
+        torch.set_num_threads(1)
 
 
 def _tokenizer(path: str) -> Callable[[], object]:
@@ -89,10 +103,10 @@ _CALLS: dict[str, Callable[[str], Callable[[], object]]] = {
     "tokenizer": _tokenizer,
     "matrix product, float32": _matmul("float32"),
     "matrix product, bfloat16": _matmul("bfloat16"),
-    "parallel loop": _loop,
+    _PARALLEL: _loop,
     "16 MiB of memory": _memory,
-    "prefill": _prefill,
-    "decode step after a prefill": _decode,
+    _OF_MODEL[0]: _prefill,
+    _OF_MODEL[1]: _decode,
 }
 FIRST_CALLS = tuple(_CALLS)
 
@@ -102,6 +116,7 @@ def compile_step(layers: int) -> Answer:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
+    few_threads()
     config = LlamaConfig(
         hidden_size=192, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=6, num_key_value_heads=2, head_dim=32, vocab_size=1024, max_position_embeddings=256
     )  # fmt: skip
@@ -164,6 +179,28 @@ def kernel_state(state: str, ahead: str, cache: str, head_dim: int, group: int, 
     compiler = CupyToolkit().compiler  # cupy's import is part of the runtime, not of the kernel
     image = find_image(Recipe.of(source, options, architecture), folders, compiler, allowed=allowed)
     return {"state": image.state, "seconds": image.seconds, "nbytes": len(image.data)}
+
+
+def first_request(path: str, dummy: bool) -> Answer:
+    """Seconds to the first token of a model that never ran, or ran one dummy request; then of the same request again."""
+    from sllm_mini.inference import Engine
+
+    few_threads(path)
+    engine = Engine.load(path)
+    ids = engine.encode(_PROMPT)
+
+    def request() -> tuple[float, float, list[int]]:
+        started, seconds, tokens = time.perf_counter(), [], []
+        for piece in engine.generate(ids, max_new_tokens=3, stop_at_eos=False):
+            seconds.append(time.perf_counter() - started)
+            tokens.append(piece.token_id)
+        return seconds[0], seconds[-1], tokens
+
+    dummy_seconds = sum(request()[1] for _ in range(dummy))
+    (first, _, tokens), (again, _, same) = request(), request()
+    if tokens != same:
+        raise RuntimeError("the same request gave other tokens the second time")
+    return {"dummy_seconds": dummy_seconds, "first_seconds": first, "again_seconds": again, "token_ids": tokens}
 
 
 def memory_profile(path: str, folder: str, device: str, max_batch: int, max_tokens: int) -> Answer:
@@ -259,7 +296,7 @@ def graphs(path: str, mode: str, max_batch: int, capacity: int, device: str, ker
     return {"before_seconds": before, "first_seconds": first, "later_seconds": later, "captures": [[one.batch, one.seconds] for one in steps.captures]}
 
 
-TASKS: dict[str, Callable[..., Answer]] = {one.__name__: one for one in (first_call, compile_step, kernel_state, memory_profile, attention, graphs)}
+TASKS: dict[str, Callable[..., Answer]] = {one.__name__: one for one in (first_call, first_request, compile_step, kernel_state, memory_profile, attention, graphs)}
 
 
 if __name__ == "__main__":
