@@ -1,4 +1,4 @@
-"""`bench decode` as one call: three ways to answer the same requests, interleaved. Call from one thread. Shown in chapter 07.
+"""`bench decode` as one call: several ways to answer the same requests, interleaved. Call from one thread. Shown in chapter 07.
 
 Models are resident and each way has answered once before anything is timed. In each round every workload is answered once
 by every way, in a shuffled order that a seed fixes. Costs the model's memory once per way.
@@ -85,8 +85,9 @@ def measure_decode(
 def _run(checkpoint: Checkpoint, options: Options, facts: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     loads = workloads(options.batches, options.prompt_tokens, options.new_tokens, options.seed)
     largest = max(loads, key=lambda load: len(load.requests) * load.new_tokens)
-    chosen: Sequence[Variant] = [variant for variant in VARIANTS if variant == OURS or variant in (options.only or VARIANTS)]
     device = get_device(options.device)
+    there: Sequence[Variant] = [variant for variant in VARIANTS if variant != "own kernel" or not device.is_host]
+    chosen: Sequence[Variant] = [variant for variant in there if variant == OURS or variant in (options.only or there)]
     with ExitStack() as stack:
         runs = {}
         for variant in chosen:

@@ -1,4 +1,4 @@
-"""Three ways to answer the same requests with the same model, each as a call that can be timed. Shown in chapter 07.
+"""Ways to answer the same requests with the same model, each as a call that can be timed. Shown in chapter 07.
 
 Greedy, past every end-of-text token, no tokenizer. Each variant has a model object of its own, since transformers'
 continuous batching changes the attention of the one it is given; all read the same checkpoint.
@@ -17,9 +17,12 @@ from sllm_mini.inference import Engine
 from sllm_mini.lab.decode.workload import Workload
 from sllm_mini.loading import load_model
 
-Variant = Literal["sllm_mini", "generate", "continuous batching"]
-VARIANTS: tuple[Variant, ...] = ("sllm_mini", "generate", "continuous batching")
-LABELS = {"sllm_mini": "sllm_mini", "generate": "transformers, generate", "continuous batching": "transformers, continuous batching"}
+Variant = Literal["sllm_mini", "own kernel", "generate", "continuous batching"]
+VARIANTS: tuple[Variant, ...] = ("sllm_mini", "own kernel", "generate", "continuous batching")
+LABELS = {
+    "sllm_mini": "sllm_mini", "own kernel": "sllm_mini, its own attention", "generate": "transformers, generate",
+    "continuous batching": "transformers, continuous batching",
+}  # fmt: skip
 
 Answers = list[list[int]]
 """The new tokens of each request, in the requests' order."""
@@ -33,8 +36,8 @@ _WAIT_SECONDS = 120.0
 def opened(variant: Variant, checkpoint: Checkpoint, device: str, largest: Workload) -> Iterator[Run]:
     """The variant, its model loaded, ready for any workload of at most as many tokens as `largest`; closed at the end."""
     model = load_model(checkpoint, device)
-    if variant == "sllm_mini":
-        yield _ours(model, len(largest.requests))
+    if variant in ("sllm_mini", "own kernel"):
+        yield _ours(Engine(model, max_batch=len(largest.requests), decode_kernel=variant == "own kernel"))
     elif variant == "generate":
         yield _generate(model)
     else:
@@ -42,9 +45,7 @@ def opened(variant: Variant, checkpoint: Checkpoint, device: str, largest: Workl
             yield run
 
 
-def _ours(model: Any, batch: int) -> Run:
-    engine = Engine(model, max_batch=batch)
-
+def _ours(engine: Engine) -> Run:
     def run(workload: Workload) -> Answers:
         generations = [engine.submit(list(one.prompt), max_new_tokens=one.new_tokens, stop_at_eos=False) for one in workload.requests]
         while engine.step():

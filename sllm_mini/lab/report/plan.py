@@ -120,7 +120,24 @@ class Table:
                 yield self._whole(model, "tiers", _TIERS_MOVES, "--also", _TINY, *(("--no-gpu",) if self._rehearsal else ()))
                 if not self._rehearsal or self._on_a_disk():
                     yield self._whole(model, "overlap", _OVERLAP_MOVES, "--device", device, *(("--tokens", 8) if self._rehearsal else ()))
+        yield from self._requests()
         yield from self._warmups()
+
+    def _requests(self) -> Iterator[Unit]:
+        """Requests on a resident model: how fast they are answered, and how long one pauses that moves."""
+        device = self._workers_device
+        model = _TINY if self._rehearsal else _WARMUP_SHAPE
+        if model not in self._too_large_for(device):
+            small = ("--rounds", 1, "--batch", 2, "--prompt-tokens", 4, "--new-tokens", 4)
+            yield self._resident("decode", model, *(small if self._rehearsal else ("--batch", 1, "--batch", 8, "--batch", 32, "--prompt-tokens", 256)))
+            contexts = (16,) if self._rehearsal else (128, 512, 2000, 8000)
+            yield self._resident("migrate", model, "--rounds", 1 if self._rehearsal else 3, *(word for context in contexts for word in ("--context", context)))
+
+    def _resident(self, bench: str, model: str, *options: object) -> Unit:
+        saved = self.folder.results / f"bench_{bench}_{model.replace('-', '_')}.json"
+        asked = [bench, self._model(model), "--device", self._workers_device, "--save", saved, *options]
+        command = (sys.executable, "-m", "sllm_mini.cli.main", "bench", *map(str, asked))
+        return Unit("bench", f"{bench}-{model}", command, 40 if self._rehearsal else 200, result=saved.name, modules=CORE, uses=(model,))
 
     def _warmups(self) -> Iterator[Unit]:
         """What comes after the weights: on the processor all of it, on the GPU what only a GPU has, with a real shape."""
@@ -256,7 +273,7 @@ class Table:
         found = {f"bench/load-{shape}-{device}": reason for device in ("cuda", "cpu") for shape, reason in self._too_large_for(device).items()}
         if (why := self._too_large_for("cuda").get(_WARMUP_SHAPE)) is not None:
             found["bench/warmup-cuda"] = why
-        return found | {f"bench/{bench}-{shape}": reason for bench in ("tiers", "overlap") for shape, reason in self._too_large_for(self._workers_device).items()}
+        return found | {f"bench/{bench}-{shape}": reason for bench in ("tiers", "overlap", "decode", "migrate") for shape, reason in self._too_large_for(self._workers_device).items()}
 
     def _why_not(self, shape: str, *, on_gpu: bool) -> str | None:
         """The first thing there is too little of. On disk lie the model, our checkpoint and one peer's file; in memory
