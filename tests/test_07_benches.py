@@ -55,12 +55,14 @@ def test_running_workers_are_used_and_left_running_and_others_refused(run: Run, 
     options = moving.Options(rounds=1, contexts=(20,))
     with Workers(tiny.path, ["one", "two"], options=WorkerOptions()) as workers:
         found = moving.measure_moves(tiny.path, options=options, workers=workers)
-        assert workers.names == ("one", "two") and {row["mode"] for row in found["results"]} == set(MODES)
+        assert sorted(workers.names) == ["one", "two"] and {row["mode"] for row in found["results"]} == set(MODES)
         with pytest.raises(ValueError, match="something else"):
             moving.measure_moves(tiny.path, options=moving.Options(rounds=1, contexts=(20,), threads=2), workers=workers)
+    with pytest.raises(ValueError, match="no room"):
+        moving.measure_moves(tiny.path, options=moving.Options(contexts=(2047,)))
     for wrong in ({"rounds": 0}, {"contexts": ()}, {"contexts": (0,)}, {"modes": ()}, {"threads": 0}):
         with pytest.raises(ValueError, match="at least"):
-            moving.Options(**wrong)  # type: ignore[arg-type]
+            moving.Options(**wrong)
     ended = run("bench", "migrate", tiny.path / "nowhere", "--json")
     assert ended.code == 1 and "nowhere" in ended.error["message"]
     assert run("bench", "migrate", tiny.path, "--context", 0).code == 2
@@ -96,7 +98,7 @@ def test_speeds_are_those_of_the_longest_context_and_of_each_row() -> None:
 def test_three_ways_answer_the_same_requests(run: Run, tiny: Checkpoint, tmp_path: Path) -> None:
     saved = tmp_path / "decode.json"
     short = ("--rounds", 1, "--batch", 1, "--batch", 2, "--prompt-tokens", 12, "--new-tokens", 6)
-    ended = run("bench", "decode", tiny.path, *short, "--folder", tmp_path, "--save", saved, "--json")
+    ended = run("bench", "decode", tiny.path, *short, "--dir", tmp_path, "--save", saved, "--json")
     assert ended.code == 0, ended.err
     assert ended.document == decode.read_decode(saved) == json.loads(saved.read_text()) and ended.document["kind"] == DECODE
     rows = ended.document["results"]
@@ -118,7 +120,7 @@ def test_ratios_are_taken_round_by_round_and_options_are_checked(run: Run) -> No
     assert ours["tokens_per_second_median"] == 2.0 and ours["ratio_to_limit"] == pytest.approx(0.2 * 4 / 2)
     for wrong in ({"rounds": 0}, {"new_tokens": 0}, {"batches": ()}, {"batches": (0,)}):
         with pytest.raises(ValueError, match="at least"):
-            decode.Options(**wrong)  # type: ignore[arg-type]
+            decode.Options(**wrong)
     assert run("bench", "decode", "--batch", 0).code == 2
     unlike = workloads((4,), 64, 64, 3)[1]
     assert unlike.name == "4 unlike" and len({len(one.prompt) for one in unlike.requests}) > 1 and workloads((4,), 64, 64, 3)[1] == unlike

@@ -117,7 +117,7 @@ def _place(position: int, source: torch.Tensor, destination: torch.Tensor) -> Pl
     token = int(one.argmax())
     rest = other.clone()
     rest[token] = -float("inf")
-    return Place(position, best - second, float(other[token] - rest.max()), int((source != destination).sum()), int(other.argmax()) != token)
+    return Place(position, best - second, float(other[token]) - float(rest.max()), int((source != destination).sum()), int(other.argmax()) != token)
 
 
 def plot_margins(compared: Sequence[Compared]) -> Figure:

@@ -7,12 +7,13 @@ memory twice, and one prefill of the context for each move besides the move itse
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sllm_mini.checkpoint import open_checkpoint
+from sllm_mini.checkpoint import Checkpoint, open_checkpoint
 from sllm_mini.errors import ModelError
 from sllm_mini.inference.ledger import LedgerPiece
 from sllm_mini.inference.migration import Mode, Report
@@ -104,6 +105,7 @@ def measure_moves(
     say = on_stage or (lambda _: None)
     say("preparing the checkpoint")
     checkpoint = open_checkpoint(model) if model is not None else moving_checkpoint(workspace() if folder is None else folder)
+    room = _room(checkpoint, options.contexts)
     with ExitStack() as stack:
         if workers is None:
             say("starting two workers")
@@ -111,7 +113,7 @@ def measure_moves(
         running = workers.options.device, workers.options.threads, workers.options.pace_seconds, workers.checkpoint
         if running != (options.device, options.threads, 0.0, os.path.abspath(checkpoint.path)) or not set(_NAMES) <= set(workers.names):
             raise ValueError("these workers run something else than what is to be measured; leave them out, or start 'one' and 'two' with these options")
-        moves = _run(workers, options, say)
+        moves = _run(workers, options, room, say)
     weights = f"random weights ({SMALL.name}, seed 0)" if model is None else "the checkpoint's own"
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -126,10 +128,20 @@ def measure_moves(
     return assemble(moves, facts)
 
 
-def _run(workers: Workers, options: Options, say: Callable[[str], None]) -> list[Move]:
+def _room(checkpoint: Checkpoint, contexts: Sequence[int]) -> int:
+    """New tokens that every request may have, within what the model's configuration admits. Raises ValueError where a context leaves
+    no room to move in."""
+    limit = json.loads(checkpoint.read_companion("config.json")).get("max_position_embeddings")
+    room = _ROOM if limit is None else min(_ROOM, limit - max(contexts))
+    if room < 2 * (_BEFORE + _AFTER):
+        raise ValueError(f"a context of {max(contexts):,} tokens leaves no room to move in, as the model's context is {limit:,} tokens; measure shorter ones")
+    return room
+
+
+def _run(workers: Workers, options: Options, room: int, say: Callable[[str], None]) -> list[Move]:
     for mode in options.modes:
         say(f"a first move, untimed: {mode}")
-        measure_move(workers, min(options.contexts), mode, "one", "two")
+        measure_move(workers, min(options.contexts), mode, "one", "two", room=room)
     moves = []
     generator = random.Random(options.seed)
     wanted = [(mode, context) for mode in options.modes for context in options.contexts]
@@ -137,20 +149,23 @@ def _run(workers: Workers, options: Options, say: Callable[[str], None]) -> list
     for number in range(options.rounds):
         for mode, context in generator.sample(wanted, len(wanted)):
             say(f"round {number + 1} of {options.rounds}: {mode}, {context} tokens")
-            moves.append(measure_move(workers, context, mode, here, there))
+            moves.append(measure_move(workers, context, mode, here, there, room=room))
             here, there = there, here
     return moves
 
 
-def measure_move(workers: Workers, context: int, mode: Mode, source: str, destination: str) -> Move:
+def measure_move(workers: Workers, context: int, mode: Mode, source: str, destination: str, *, room: int = _ROOM) -> Move:
     """One request of `context` tokens from `source` to `destination`, while it decodes. Raises ModelError if it stayed."""
-    return _measured(trace_move(workers, context, mode, source, destination))
+    return _measured(trace_move(workers, context, mode, source, destination, room=room))
 
 
-def trace_move(workers: Workers, context: int, mode: Mode, source: str, destination: str, *, before: int = _BEFORE, after: int = _AFTER) -> Trace:
-    """`measure_move` with every token: `before` of them come before the move begins, `after` from the destination."""
+def trace_move(
+    workers: Workers, context: int, mode: Mode, source: str, destination: str, *, before: int = _BEFORE, after: int = _AFTER, room: int = _ROOM
+) -> Trace:
+    """`measure_move` with every token: `before` of them come before the move begins, `after` from the destination. `room` is the
+    limit of new tokens, and the model's context must hold it."""
     prompt = [3 + (7 * place) % 101 for place in range(context)]
-    request = workers.submit(source, prompt, max_new_tokens=_ROOM, stop_at_eos=False)
+    request = workers.submit(source, prompt, max_new_tokens=room, stop_at_eos=False)
     pieces = workers.ledger.stream(request, timeout=_PIECE_SECONDS)
     try:
         came = [next(pieces) for _ in range(before)]

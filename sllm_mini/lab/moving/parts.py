@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from sllm_mini.checkpoint import Checkpoint
 from sllm_mini.inference.engine import Engine
@@ -72,7 +73,7 @@ def measure_parts(checkpoint: Checkpoint, *, tokens: int = 512, device: str = "c
         prompt = [3 + (7 * place) % 101 for place in range(tokens)]
         generation = engine.submit(prompt, max_new_tokens=4 * _STEPS, stop_at_eos=False)
         times = [piece.seconds for piece in (next(generation) for _ in range(_STEPS))]
-        step = statistics.median(later - earlier for earlier, later in zip(times[1:], times[2:], strict=False))
+        step = statistics.median(later - earlier for earlier, later in pairwise(times[1:]))
         session = generation.session()
         engine.hold(session.request_id)
         short = replace(session, token_ids=session.token_ids[:1], prompt_length=1)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sllm_mini.inference.migration import Speeds, break_even_bytes_per_second, choose_mode, copy_seconds, recompute_seconds
+from sllm_mini.inference.migration import (
+    Speeds,
+    break_even_bytes_per_second,
+    choose_mode,
+    copy_seconds,
+    recompute_seconds,
+)
 from sllm_mini.lab.figure import Described, describe
 from sllm_mini.lab.moving.document import MODES, break_even, prompt_rows
 from sllm_mini.lab.moving.parts import Parts, Prediction, predict
@@ -128,7 +134,7 @@ def plot_break_even(speeds: Speeds, ax: Axes | None = None) -> Axes:
     ax.set_ylabel(f"seconds for {_TOKENS:,} tokens".replace(",", " "))
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.figure.legend(loc="outside lower center", ncols=2, fontsize=9)  # type: ignore[union-attr]
+    ax.figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     if len(changes) > 1:
         raise ValueError("choose_mode changes its mind more than once as the link gets faster; it must not")
     return ax

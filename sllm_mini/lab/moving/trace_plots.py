@@ -93,7 +93,7 @@ def plot_phases(traces: Sequence[Trace], ax: Axes | None = None) -> Axes:
     used = {phase.name for trace in traces for phase in trace.report.phases}
     handles = [Patch(facecolor=color_of(_ROLES[n]), edgecolor=darker(color_of(_ROLES[n])), linewidth=0.6, label=_PHASE_WORDS[n]) for n in _PHASES if n in used]
     handles.append(Patch(facecolor=INK, label="one decode step"))
-    ax.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.2, handletextpad=0.4, columnspacing=1.1, fontsize=8.5)  # type: ignore[union-attr]
+    ax.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.2, handletextpad=0.4, columnspacing=1.1, fontsize=8.5)
     return ax
 
 
