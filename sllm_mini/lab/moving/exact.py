@@ -159,7 +159,7 @@ def compared_table(compared: Sequence[Compared]) -> Table:
         rows.append(
             (run.dtype, run.way, "yes" if run.kv_equal else "no", f"{same} of {len(run.places)}", f"{len(run.differing)}", most, f"{below}" if run.differing else "")
         )
-    headers = ("dtype", "KV cache", "cache equal, all bits", "steps with equal logits", "tokens that differ", "largest margin of those", "steps with that margin or less")
+    headers = ("dtype", "KV cache", "same bytes", "same logits", "tokens differ", "their largest margin", "steps as close")
     return Table(headers, tuple(rows), caption="The same step at every position", numeric=frozenset({3, 4, 5, 6}))
 
 
