@@ -44,7 +44,6 @@ class MigrationTarget:
         self._guest: Session | None = None
         """As it came last; None before it came, once it is adopted, and after it was forgotten."""
         self._length = 0
-        self._recomputes = False
         self._speaker: Speaker | None = None
         self._served: messages.Answer | None = None
 
@@ -97,7 +96,6 @@ class MigrationTarget:
 
     def _absorb(self, start: int, token_ids: list[int]) -> None:
         guest = self._expect(start)
-        self._recomputes = True
         self._engine.absorb(guest.request_id, token_ids)
         self._length += len(token_ids)
 
@@ -118,9 +116,6 @@ class MigrationTarget:
         if final.request_id != guest.request_id or final.token_ids[: len(guest.token_ids)] != guest.token_ids:
             raise WireError(f"the final session does not go on from the one that request {guest.request_id!r} came with")
         self._write(request.start, request.count, payload[request.session_nbytes :])
-        missing = final.token_ids[self._length : -1]
-        if missing and self._recomputes:
-            self._absorb(self._length, list(missing))
         epoch = self._register.claim(final.request_id, self._owner, request.epoch)
         if epoch is None:
             self._forget()

@@ -57,6 +57,7 @@ class Movable(Scheduler):
             request = self._request(request_id)
             if request.held:
                 return
+            self._complete(request)
             request.held = True
             if request.row is None:
                 self._waiting.remove(request)
@@ -114,8 +115,22 @@ class Movable(Scheduler):
     def kv_length(self, request_id: str) -> int:
         """How many tokens' KV it has here: one fewer than its tokens, none while it waits. Also of a guest."""
         with self._turns:
-            row = self._guests[request_id][0].row if request_id in self._guests else self._request(request_id).row
-            return 0 if row is None else self.kv.lengths[row]
+            if request_id in self._guests:
+                return self.kv.lengths[row_of(self._guests[request_id][0])]
+            request = self._request(request_id)
+            self._complete(request)
+            return 0 if request.row is None else self.kv.lengths[request.row]
+
+    def _complete(self, request: Request) -> None:
+        """Computes what the row of a late request lacks, so that it is like any other."""
+        import torch
+
+        if request.late:
+            row = row_of(request)
+            ids = request.token_ids[self.kv.lengths[row] : -1]
+            self.runner.extend(self.kv, row, torch.tensor([ids], device=self.runner.device))
+            request.late = False
+            self._join(request)
 
     def read_kv(self, request_id: str, start: int, stop: int) -> torch.Tensor:
         """The bytes of tokens `[start, stop)`, uint8 on the CPU, contiguous: `[token][layer][key|value][kv_head][head_dim]`, so
@@ -181,8 +196,9 @@ class Movable(Scheduler):
 
     def adopt(self, session: Session, *, on_piece: OnPiece | None = None) -> Generation:
         """A guest, prepared or not, becomes a request in the session's exact state: its next piece is the one that the source
-        would have given next. KV that is missing is computed again, before this returns; a request that had not
-        begun waits as any other. If this raises, nothing of it is left.
+        would have given next. KV that is missing is computed again: the last of it in the request's first step, together
+        with the next token, what is more before this returns. A request that had not begun waits as any other. If this
+        raises, nothing of it is left.
         """
         try:
             with self._turns:
@@ -193,7 +209,9 @@ class Movable(Scheduler):
                 elif session.request_id not in self._guests:
                     self.prepare(session)
             if begun:
-                self.absorb(session.request_id, session.token_ids[len(self._guest(session.request_id).known) : -1])
+                missing = session.token_ids[len(self._guest(session.request_id).known) : -1]
+                if len(missing) > _CHUNK_NTOKENS:
+                    self.absorb(session.request_id, missing)
             with self._turns:
                 return self._adopt(session, on_piece)
         except BaseException:
@@ -213,16 +231,17 @@ class Movable(Scheduler):
             on_piece,
             time.perf_counter() - session.elapsed_seconds,
         )
-        length = len(session.token_ids) - 1
         if guest is None:
             self.enqueue(request)
             return Generation(self, request)
         row = row_of(guest)
-        self.kv.lengths[row] = length
+        self.kv.lengths[row] = min(self.kv.lengths[row], len(session.token_ids) - 1)
+        request.late = self.kv.lengths[row] < len(session.token_ids) - 1
         self._guests.pop(session.request_id)
         self._rows[row], request.row = request, row
         self._requests[session.request_id] = request
-        self._join(request)
+        if not request.late:
+            self._join(request)
         self._announce()
         return Generation(self, request)
 

@@ -62,6 +62,8 @@ class Request:
         self.requested = requested
         self.row: int | None = None
         self.held = False
+        self.late = False
+        """Its row lacks more than the last token's keys and values: its next step computes them all in one pass."""
         self.seen: torch.Tensor | None = None
         self.pieces: deque[Piece] = deque()
         self.finish: Finish | None = None

@@ -108,9 +108,12 @@ class Scheduler:
                 admitted = True
                 if first:  # its layers may have waited for their bytes, one by one: nobody else is made to
                     return True
+            late = [owner for owner in self._rows[self._count :] if isinstance(owner, Request) and owner.late and not owner.held]
             if running:
                 self._decode(running)
-            return admitted or running > 0
+            for request in late:
+                self._catch_up(request)
+            return admitted or running > 0 or bool(late)
 
     def end(self, request: Request, finish: Finish | None, error: BaseException | None = None) -> None:
         """Takes a request out, wherever it is; does nothing if it has ended. Waits for the step under way."""
@@ -210,6 +213,26 @@ class Scheduler:
         self._join(request)
         self._take(request, token_id)
         self._next = ([request], chosen.view(1, 1)) if self._count == 1 and not request.ended else None
+
+    def _catch_up(self, request: Request) -> None:
+        """The first step of a request that came with keys and values missing: those and the next token, in one pass."""
+        import torch
+
+        if request.ended:  # another's on_piece may have dropped it
+            return
+        started = time.perf_counter()
+        row = row_of(request)
+        try:
+            ids = torch.tensor([request.token_ids[self.kv.lengths[row] :]], device=self.runner.device)
+            token_id = int(self._choose([request], self.runner.extend(self.kv, row, ids)))
+        except Exception as error:  # noqa: BLE001 - raised where its pieces are read
+            self.end(request, None, error)
+            return
+        request.late = False
+        request.decode_seconds += time.perf_counter() - started
+        request.decode_steps += 1
+        self._join(request)
+        self._take(request, token_id)
 
     def _decode(self, count: int) -> None:
         """One token for each of the first rows."""

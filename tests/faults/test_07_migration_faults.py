@@ -144,7 +144,8 @@ def test_a_message_that_is_lost_or_comes_twice_changes_nothing(every_event: dict
             assert world.read("story") == whole_text(session()), event
             said = sum(piece.epoch == 1 for piece in world.ledger.pieces("story"))
             cached, _ = world["destination"].engine.kv_at_adoption["story"]  # whose bytes the double has compared
-            assert cached == session().prompt_length + said - 1, event
+            missing = session().prompt_length + said - 1 - cached  # what the first step there computes beside its token
+            assert 0 <= missing <= (4 if mode == "tokens" else 0), event
 
 
 def disturb(world: World, choose: Any) -> None:
