@@ -100,7 +100,7 @@ PARTS = Parts(0.02, Speeds(1000.0, 1e9, 16_000), 200, 2.0, 0.03)
 
 def test_a_prediction_is_made_of_the_parts() -> None:
     tokens, kv, stopped = (predict(PARTS, mode, 1000) for mode in MODES)
-    assert tokens.nbytes == 2 * 2200 + 4000 and tokens.seconds == 1.0 and tokens.pause_steps == 2.5
+    assert tokens.nbytes == 2 * 2200 + 4000 and tokens.seconds == 1.0 and tokens.pause_steps == 1.5
     assert kv.nbytes == stopped.nbytes == 2 * 2200 + 16e6 and kv.seconds == stopped.seconds == pytest.approx(0.016)
     assert kv.pause_steps == pytest.approx(1 + 4 * 16e-6 / 0.02) and stopped.pause_steps == pytest.approx(1 + 0.016 / 0.02)
     assert predict(PARTS, "kv", 2).pause_steps == predict(PARTS, "stop_and_copy", 2).pause_steps, "the gap is no longer than the context"
@@ -187,7 +187,7 @@ def test_moves_are_said_as_they_are_drawn() -> None:
     drawn = [container.lines[0].get_ydata().tolist() for container in figure.axes[2].containers]  # type: ignore[attr-defined]
     assert drawn == [pytest.approx([2.0, 2.0]), pytest.approx([1.5, 1.5]), pytest.approx([5.0, 5.0])]
     rows = plots.moves_table(found, predicted).rows
-    assert len(rows) == 6 and rows[0][8] == "500 tokens/s" and rows[5][8] == "1.60 GB/s" and rows[1][6] == "2.50"
+    assert len(rows) == 6 and rows[0][8] == "500 tokens/s" and rows[5][8] == "1.60 GB/s" and rows[1][6] == "1.50"
 
 
 def test_the_break_even_is_where_the_lines_meet() -> None:

@@ -58,12 +58,12 @@ def _print(document: dict[str, Any]) -> None:
 
 
 def _table(document: dict[str, Any]) -> Table:
-    numbers = ("tokens", "a step", "pause in steps", "min – max", "client's gap", "whole move", "sent", "rounds")
+    numbers = ("tokens", "a step", "pause in steps", "min – max", "last round", "client's gap", "whole move", "sent", "rounds")
     made = terminal.table("mode", *numbers, numbers=numbers, title="Moves")
     for row in document["results"]:
         made.add_row(
             row["mode"].replace("_", " "), str(row["tokens"]), seconds_text(row["step_seconds_median"]), f"{row['pause_steps_median']:.2f}",
-            f"{row['pause_steps_min']:.2f} – {row['pause_steps_max']:.2f}", f"{row['gap_steps_median']:.2f}", seconds_text(row["seconds_median"]),
+            f"{row['pause_steps_min']:.2f} – {row['pause_steps_max']:.2f}", f"{row['last_round_steps_median']:.2f}" if row["rounds_median"] else "", f"{row['gap_steps_median']:.2f}", seconds_text(row["seconds_median"]),
             nbytes_text(row["nbytes"]), f"{row['rounds_median']:.0f}",
         )  # fmt: skip
     return made

@@ -194,6 +194,7 @@ def _measured(trace: Trace) -> Move:
         step_seconds=trace.step_seconds,
         nbytes=trace.report.nbytes,
         rounds=trace.report.rounds,
+        last_round_seconds=next((phase.seconds for phase in reversed(trace.report.phases) if phase.name == "round"), 0.0),
         catch_up_tokens=catch_up.tokens if catch_up else 0,
         catch_up_seconds=catch_up.seconds if catch_up else 0.0,
         copy_tokens=sum(phase.tokens for phase in copies),

@@ -34,7 +34,7 @@ class Parts:
     """Of a session without tokens, nearly."""
     session_nbytes_per_token: float
     gap_seconds: float
-    """Of a pass over the last gap, `target_gap_tokens`, with the context behind them."""
+    """Of a pass over the last gap, `target_gap_tokens`, and the token after it, with the context behind them."""
     target_gap_tokens: int = MoveOptions().target_gap_tokens
 
 
@@ -52,13 +52,13 @@ class Prediction:
 def predict(parts: Parts, mode: Mode, context: int) -> Prediction:
     """From the parts, as if nothing but the move ran.
 
-    The session is sent twice, at the beginning and at the end. A pause has one step in any case, the destination's first. To that
-    the tokens add the pass over the last gap; KV adds the last gap's bytes; stopping first adds all of them. Pure.
+    The session is sent twice, at the beginning and at the end. A pause has one step in any case, the destination's first. By
+    tokens that step goes over the last gap as well; KV adds the last gap's bytes; stopping first adds all of them. Pure.
     """
     speeds = parts.speeds
     session = 2 * (parts.session_nbytes + parts.session_nbytes_per_token * context)
     if mode == "tokens":
-        return Prediction(mode, context, session + _TOKEN_NBYTES * context, context / speeds.recompute_tokens_per_second, 1 + parts.gap_seconds / parts.step_seconds)
+        return Prediction(mode, context, session + _TOKEN_NBYTES * context, context / speeds.recompute_tokens_per_second, parts.gap_seconds / parts.step_seconds)
     copy = context * speeds.kv_nbytes_per_token / speeds.link_bytes_per_second
     late = copy if mode == "stop_and_copy" else copy * min(parts.target_gap_tokens / context, 1)
     return Prediction(mode, context, session + speeds.kv_nbytes_per_token * context, copy, 1 + late / parts.step_seconds)
@@ -82,12 +82,12 @@ def measure_parts(checkpoint: Checkpoint, *, tokens: int = 512, device: str = "c
         for name in ("warm", "measured"):  # the first pass of a kind allocates
             guest = replace(session, request_id=name)
             engine.prepare(guest)
-            gap = min(MoveOptions().target_gap_tokens, len(session.token_ids) - 2)
-            many = session.token_ids[: -1 - gap]
+            gap = 1 + min(MoveOptions().target_gap_tokens, len(session.token_ids) - 2)
+            many = session.token_ids[:-gap]
             started = time.monotonic()
             engine.absorb(name, many)
             recompute = len(many) / ((stopped := time.monotonic()) - started)
-            engine.absorb(name, session.token_ids[-1 - gap : -1])
+            engine.absorb(name, session.token_ids[-gap:])
             last = time.monotonic() - stopped
             engine.drop(name)
             engine.prepare(guest)
