@@ -21,33 +21,31 @@ if TYPE_CHECKING:
 Answer = dict[str, Any]
 _AGAIN = 5
 _PROMPT = "Once upon a time there was a little girl who lived by the sea"
-_PARALLEL, _OF_MODEL = "parallel loop", ("prefill", "decode step after a prefill")
-_SMALL_NBYTES = 100_000_000
+_PARALLEL = "parallel loop"
 _HEAP_NBYTES = 16 << 20
-"""Small enough that the C library keeps it when it is freed, large enough for its page faults to be seen."""
+"""Asked for before the clock starts and untouched until the first call, so that its page faults are that call's."""
 
 
 def first_call(what: str, path: str) -> Answer:
     """The seconds of the first call of one kind in this process and of five more."""
     if what != _PARALLEL:
-        few_threads(path if what in _OF_MODEL else None)
+        one_thread()
     call = _CALLS[what](path)
-    seconds = []
-    for _ in range(1 + _AGAIN):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
+    seconds = [seconds_of(call) for _ in range(1 + _AGAIN)]
     return {"first_seconds": seconds[0], "again_seconds": seconds[1:]}
 
 
-def few_threads(path: str | None = None) -> None:
-    """One, but for a model of real size: small work loses more to waking threads than it wins."""
+def seconds_of(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def one_thread() -> None:
+    """A thread that is waited for is not what is asked, and on a busy machine it would be most of what is seen."""
     import torch
 
-    from sllm_mini.checkpoint import open_checkpoint
-
-    if path is None or open_checkpoint(path).nbytes < _SMALL_NBYTES:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
 
 
 def _tokenizer(path: str) -> Callable[[], object]:
@@ -79,7 +77,8 @@ def _loop(path: str) -> Callable[[], object]:
 def _memory(path: str) -> Callable[[], object]:
     import torch
 
-    return lambda: torch.empty(_HEAP_NBYTES // 4).fill_(1.0)
+    memory = torch.empty(_HEAP_NBYTES // 4)
+    return lambda: memory.fill_(1.0)
 
 
 def _prefill(path: str) -> Callable[[], object]:
@@ -105,8 +104,8 @@ _CALLS: dict[str, Callable[[str], Callable[[], object]]] = {
     "matrix product, bfloat16": _matmul("bfloat16"),
     _PARALLEL: _loop,
     "16 MiB of memory": _memory,
-    _OF_MODEL[0]: _prefill,
-    _OF_MODEL[1]: _decode,
+    "prefill": _prefill,
+    "decode step after a prefill": _decode,
 }
 FIRST_CALLS = tuple(_CALLS)
 
@@ -116,7 +115,7 @@ def compile_step(layers: int) -> Answer:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
-    few_threads()
+    one_thread()
     config = LlamaConfig(
         hidden_size=192, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=6, num_key_value_heads=2, head_dim=32, vocab_size=1024, max_position_embeddings=256
     )  # fmt: skip
@@ -148,9 +147,7 @@ def _interleaved(*works: Callable[[], object], rounds: int = 30) -> list[list[fl
     samples: list[list[float]] = [[] for _ in works]
     for _ in range(rounds):
         for found, work in zip(samples, works, strict=True):
-            started = time.perf_counter()
-            work()
-            found.append(time.perf_counter() - started)
+            found.append(seconds_of(work))
     return samples
 
 
@@ -185,7 +182,7 @@ def first_request(path: str, dummy: bool) -> Answer:
     """Seconds to the first token of a model that never ran, or ran one dummy request; then of the same request again."""
     from sllm_mini.inference import Engine
 
-    few_threads(path)
+    one_thread()
     engine = Engine.load(path)
     ids = engine.encode(_PROMPT)
 

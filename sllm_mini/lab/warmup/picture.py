@@ -54,6 +54,11 @@ def factor_of(document: Mapping[str, Any], part: str, name: str) -> Factor:
     return Factor(median(ratios), min(ratios), max(ratios))
 
 
+def factor_text(factor: Factor, rounds: int) -> str:
+    """A factor with its bracket and verdict; one round has neither."""
+    return f"x{factor.median:.2f} in one round" if rounds == 1 else f"{factor}, {factor.verdict}"
+
+
 def plot_part(document: Mapping[str, Any], part: str, ax: Axes | None = None) -> Axes:
     """One part as horizontal bars from the median, thin lines from the least to the most of the rounds. Raises ValueError if
     it was not measured. Not safe while another thread draws."""
@@ -126,7 +131,7 @@ def warmup_alt_text(document: Mapping[str, Any], parts: Sequence[str] = ()) -> s
             words = f"{name}: " + ", ".join(f"{row['state']} {seconds_text(row['seconds_median'])}" for row in own)
             if part in PAIRS and {row["state"] for row in own} >= set(PAIRS[part]):
                 factor = factor_of(document, part, name)
-                words += f" ({PAIRS[part][1]} over {PAIRS[part][0]} {factor}, {factor.verdict})"
+                words += f" ({PAIRS[part][1]} over {PAIRS[part][0]} {factor_text(factor, len(own[0]['samples']))})"
             said.append(f"{words}.")
     return " ".join(said)
 
