@@ -19,7 +19,20 @@ Epoch = NewType("Epoch", int)
 """Grows by one whenever ownership changes hands; an answer from an older epoch is ignored."""
 
 
-class Tier(IntEnum):
+class _Named(IntEnum):
+    """A number that prints as its name; as JSON it stays a number."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.name, spec)
+
+
+class Tier(_Named):
     """Where a model's bytes are, from the slowest to the fastest (design of ServerlessLLM, OSDI'24)."""
 
     REMOTE = 0
@@ -28,7 +41,7 @@ class Tier(IntEnum):
     DEVICE = 3
 
 
-class Warmth(IntEnum):
+class Warmth(_Named):
     """How far a start has climbed. RainbowCake's Bare, Lang and User are PROCESS, RUNTIME and the three above."""
 
     COLD = 0

@@ -222,8 +222,10 @@ def test_names_are_registered_listed_and_forgotten(opened: Open, models: Path, s
         store.attach("a")
     with pytest.raises(CheckpointError):
         store.register("c", models / "nowhere")
-    with pytest.raises(StoreError, match="has no place 'cuda:7'; it has dram"):
+    with pytest.raises(StoreError, match=r"has no place 'cuda:7'; it has dram(, disk)?; start it with --device cuda:7=SIZE$"):
         store.prefetch("b", "cuda:7")
+    with pytest.raises(StoreError, match=r"has no place 'ram'; it has dram(, disk)?$"):
+        store.prefetch("b", "ram")
     with pytest.raises(StoreError, match="not in a disk cache of the store's"):
         store.evict("b", "disk")
 
@@ -259,7 +261,7 @@ def test_a_changed_model_is_served_once_it_is_registered_again(opened: Open, tmp
     model = store.attach("m")
     assert_right(model.wait(), path)
     write_model(path, seed=3)
-    with pytest.raises(StoreError, match="m stays in dram: 1 attachments or copies use it"):
+    with pytest.raises(StoreError, match="m stays in dram: 1 attachment or copy uses it"):
         store.register("m", path)
     model.close()
     del model
@@ -398,7 +400,7 @@ def test_a_lease_ends_with_the_last_tensor_and_not_earlier(opened: Open, models:
     del model
     gc.collect()
     assert leases(store, "a") == 1
-    with pytest.raises(StoreError, match="a stays in dram: 1 attachments or copies use it"):
+    with pytest.raises(StoreError, match="a stays in dram: 1 attachment or copy uses it"):
         store.evict("a", "dram")
     assert torch.equal(kept, wanted)
     del kept
@@ -568,7 +570,7 @@ def test_leased_pinned_and_loading_bytes_are_never_evicted(opened: Open, models:
     model.wait()
     store.prefetch("b")
     store.pin("b", "dram")
-    for refused, why in ((lambda: store.evict("b", "dram"), "pinned"), (lambda: store.forget("b"), "pinned"), (lambda: store.evict("a", "dram"), "1 attachments")):
+    for refused, why in ((lambda: store.evict("b", "dram"), "pinned"), (lambda: store.forget("b"), "pinned"), (lambda: store.evict("a", "dram"), "1 attachment or copy")):
         with pytest.raises(StoreError, match=why):
             refused()
     with pytest.raises(StoreError, match=r"dram has no room for d: .* bytes are lacking of its budget .* are leased, pinned or loading"):

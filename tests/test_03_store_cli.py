@@ -158,12 +158,13 @@ def test_the_same_for_people(run: Run, address: str, checkpoint: Path) -> None:
     assert ask("register", "seen", checkpoint) == f"Registered seen: 8 layers, 10.2 MB, from {checkpoint}\n"
     assert "\nseen  10.2 MB     0  –" in ask("list")
     assert ask("prefetch", "seen").startswith("seen is in dram, ")
+    assert ask("prefetch", "seen", "--to", "disk") == "seen is a local folder: nothing had to be copied to the disk\n"
     assert ask("pin", "seen", "dram") == "seen is pinned in dram\n"
     assert "  dram 10.2 MB (pinned)  " in ask("list")
     stats = ask("stats")
     assert "dram   67.1 MB  10.5 MB    0 B         10.5 MB" in stats and "disk   50.0 MB      0 B    0 B             0 B" in stats
     assert "moved disk → dram" in stats
-    assert ask("unpin", "seen", "dram") == "seen is not pinned in dram\n"
+    assert ask("unpin", "seen", "dram") == "seen may be evicted from dram again\n"
     assert ask("evict", "seen", "dram") == "Evicted 10.5 MB of seen from dram\n"
     assert ask("forget", "seen") == "Forgot seen\n"
 
@@ -202,7 +203,7 @@ def test_watch_prints_a_line_for_each_event(run: Run, address: str, checkpoint: 
                 lines[form] += process.stdout.readlines()
         assert set(lines[()]) <= {"loaded watched dram 10.2 MB\n", "evicted watched dram 10.5 MB\n"}
         event = json.loads(lines[("--json",)][-1])
-        assert set(event) == {"what", "name", "place", "nbytes"} and event["name"] == "watched"
+        assert set(event) == {"what", "name", "place", "nbytes", "reason"} and event["name"] == "watched"
         for process in watching.values():
             process.send_signal(signal.SIGINT)
             process.wait(timeout=30)
@@ -240,7 +241,28 @@ def test_a_model_without_room_is_loaded_by_this_process(run: Run, tmp_path: Path
         found = run("load", "big", "--store", "--address", tmp_path / "s", "--json").document
         assert found["runs"][0]["tier"] == "disk" and "no room" in found["runs"][0]["reason"]
         words = run("load", "big", "--store", "--address", tmp_path / "s")
-        assert "loaded by this process: dram has no room for big" in words.out
+        assert words.err.startswith("This process loads it by itself: dram has no room for big") and words.err.count("\n") == 1
+        assert words.out.endswith(", loaded by this process\n")
+        stats = run("store", "stats", "--address", tmp_path / "s").out
+        assert "loaded elsewhere, no room  2" in stats and "attached from" not in stats
+
+
+def test_what_a_place_lacks_is_told(run: Run, tmp_path: Path, checkpoint: Path) -> None:
+    process = spawn("store", "--address", tmp_path / "s", "--folder", tmp_path / "f", "--json", "--dram", "64MiB", "--disk", "900000GiB")
+    try:
+        first_document(process)
+        run("store", "register", "tiny", checkpoint, "--address", tmp_path / "s")
+        asked = run("store", "prefetch", "tiny", "--to", "cuda:7", "--address", tmp_path / "s")
+        assert (asked.code, asked.err) == (1, "Error: the store has no place 'cuda:7'; it has dram, disk; start it with --device cuda:7=SIZE\n")
+        watching = StoreClient(tmp_path / "s").events()
+        process.terminate()
+        _, told = process.communicate(timeout=30)
+        assert told.count("\n") == 1 and told.startswith(f"The disk of {tmp_path / 'f'} has ") and "less than the budget of 966 TB" in told
+        with pytest.raises(StoreError, match=f"the store at {tmp_path / 's'} was stopped or died; start it and ask again"):
+            next(watching)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_generate_on_the_stores_memory_says_the_same(run: Run, address: str, checkpoint: Path) -> None:
@@ -263,10 +285,10 @@ def test_generate_on_the_stores_memory_says_the_same(run: Run, address: str, che
         (("store", "--dram", "lots"), '"lots" is not a size'),
         (("store", "--dram", "1MiB"), "smaller than one chunk"),
         (("store", "--dram", "8MiB", "--chunk", "3MB"), "a chunk cannot have 3,000,000 bytes"),
-        (("store", "--dram", "8MiB", "--policy", "fifo"), "fifo"),
+        (("store", "--dram", "8MiB", "--policy", "fifo"), """'--policy': "fifo" is none of gdsf, lru, lfu, prefix"""),
         (("store", "--dram", "8MiB", "--backed", "9MiB"), "back at most the budget"),
         (("store", "--disk", "8MiB", "--backed", "1MiB"), "backed_nbytes is a part of dram_nbytes"),
-        (("store", "--dram", "8MiB", "--huge-pages", "yes"), "yes"),
+        (("store", "--dram", "8MiB", "--huge-pages", "yes"), """'--huge-pages': "yes" is none of auto, hugetlb, never"""),
         (("store", "--device", "cuda:0"), "cuda:0=20GiB"),
         (("store", "--device", "cuda:0=1GiB", "--device", "cuda:0=2GiB"), "two budgets"),
         (("store", "--dram", "8MiB", "list"), "--dram stands before list"),
@@ -289,6 +311,8 @@ def test_wrong_usage_is_2(run: Run, args: tuple[str, ...], words: str) -> None:
         (("store", "prefetch", "nobody"), "no model is registered as 'nobody'"),
         (("store", "register", "a/b", "{ck}"), "'a/b' is not a name for a model"),
         (("store", "register", "a", "{tmp}/nothing"), "{tmp}/nothing: there is no such directory"),
+        (("store", "register", "a", "http://127.0.0.1:1/a"), "http://127.0.0.1:1 refuses the connection; is a server running there?"),
+        (("store", "register", "a", "hf://a"), "Error: hf://a is not an address; write hf://OWNER/NAME"),
         (("store", "pin", "nobody", "dram"), "no model is registered as 'nobody'"),
         (("store", "evict", "nobody", "dram"), "no model is registered as 'nobody'"),
         (("load", "nobody", "--store"), "no model is registered as 'nobody'"),

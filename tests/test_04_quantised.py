@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import Run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -394,11 +395,19 @@ def test_without_torchao_nothing_is_read_and_one_sentence_says_what_to_install(t
     save_checkpoint(quantise(base_of("Llama")), tmp_path / "c")
     monkeypatch.setattr(quantised, "find_spec", lambda name: None)
     for load in (load_model, load_tensors):
-        with pytest.raises(UnsupportedError, match=r"pip install 'sllm_mini\[quantised\]'"):
+        with pytest.raises(UnsupportedError, match=r"install it with: pip install torchao$"):
             load(tmp_path / "c")
     assert len(open_checkpoint(tmp_path / "c").index.composites) == 15
     parts = load_tensors(tmp_path / "c", names=["model.norm.weight"])
     assert parts["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_converting_says_that_loading_needs_torchao(directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    said = "need torchao to be loaded; install it with: pip install torchao"
+    assert said not in run("convert", directories["Int8WeightOnlyConfig, one file"], tmp_path / "a").out
+    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
+    assert said in run("convert", directories["Int8WeightOnlyConfig, one file"], tmp_path / "b").out
+    assert said not in run("convert", directories["plain"], tmp_path / "c").out
 
 
 def test_a_configuration_that_asks_for_more_than_the_weights_are_is_refused(directories: dict[str, Path], tmp_path: Path) -> None:

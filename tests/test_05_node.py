@@ -130,11 +130,12 @@ def test_two_instances_of_a_model_share_one_image(opened: Open, tiny: Checkpoint
     assert after.attached["dram"] == 1 and leases(node) == 2
     assert says(one) == says(two) == wanted
     assert node.instances == (one, two) and one.instance_id != two.instance_id
+    assert repr(one) == f"<Instance {one.instance_id} of tiny on cpu: READY>"
     assert (one.model, one.device, one.tier, one.reason) == ("tiny", "cpu", Tier.DRAM, "")
     with without_collection():
         one.stop()
         eventually(lambda: leases(node) == 1)
-        with pytest.raises(StoreError, match="1 attachments or copies use it"):
+        with pytest.raises(StoreError, match="1 attachment or copy uses it"):
             node.evict("tiny")
         assert says(two) == wanted and node.instances == (two,) and node.warmth("tiny") is Warmth.READY
         two.stop()
@@ -272,6 +273,11 @@ def test_a_generation_under_way_outlives_the_stop(opened: Open, tiny: Checkpoint
     eventually(lambda: leases(node) == 0)
 
 
+def test_a_rung_prints_as_its_name_and_is_a_number() -> None:
+    assert (str(Warmth.DRAM), repr(Tier.DISK), f"{Warmth.READY}", f"{Tier.DRAM:>6}") == ("DRAM", "Tier.DISK", "READY", "  DRAM")
+    assert json.dumps([Warmth.DRAM, Tier.DISK]) == "[3, 1]" and max(Warmth) == 5
+
+
 @pytest.mark.parametrize("how", ["without overlap", "a model that is loaded before it is filled"])
 def test_closing_while_starting_leaves_no_lease(opened: Open, server: GatedServer, tiny: Checkpoint, tmp_path: Path, how: str) -> None:
     url, overlap = f"{server.url}/tiny", how != "without overlap"
@@ -392,9 +398,9 @@ def test_a_store_that_dies_in_the_middle_of_a_load_fails_the_instance(server: Ga
         process.client.register("tiny", f"{server.url}/tiny")
         instance = node.start("tiny")
         process.kill()
-        with pytest.raises(StoreError, match="is it still running"):
+        with pytest.raises(StoreError, match="was stopped or died"):
             instance.ready(60)
-        with pytest.raises(StoreError, match="is it still running"):
+        with pytest.raises(StoreError, match="was stopped or died"):
             says(instance)
         assert instance.warmth is Warmth.COLD
 

@@ -33,10 +33,15 @@ _MARK = "_qdata"
 """How the name of the part that every one of these kinds has ends."""
 
 
+def lacks_torchao() -> bool:
+    """True where torchao is not installed. Imports nothing."""
+    return find_spec("torchao") is None
+
+
 def check_torchao() -> None:
     """Raises UnsupportedError where torchao is not installed. Imports nothing."""
-    if find_spec("torchao") is None:
-        raise UnsupportedError("quantised weights of torchao need torchao; install it with: pip install 'sllm_mini[quantised]'")
+    if lacks_torchao():
+        raise UnsupportedError("quantised weights of torchao need torchao; install it with: pip install torchao")
 
 
 def import_torchao() -> None:
@@ -49,7 +54,7 @@ def _library() -> Any:
     try:
         return importlib.import_module("torchao.prototype.safetensors.safetensors_utils")
     except ImportError as error:
-        raise UnsupportedError(f"this torchao cannot describe its tensors ({error}); install torchao 0.18 or newer") from error
+        raise UnsupportedError(f"this torchao cannot describe its tensors ({error}); install torchao 0.18 or newer with: pip install -U torchao") from error
 
 
 def part_name(name: str, part: str) -> str:

@@ -114,6 +114,7 @@ def convert(
     DST appears whole or not at all. The model's configuration and tokenizer travel with it.
     """
     from sllm_mini.checkpoint import WriteOptions, convert_checkpoint
+    from sllm_mini.checkpoint.quantised import KINDS, lacks_torchao
 
     options = WriteOptions(overwrite=overwrite, threads=threads)
     if partition_size is not None:
@@ -140,6 +141,8 @@ def convert(
     parts = f"{terminal.count(len(index.tensors), 'tensor')}, {nbytes_text(index.total_nbytes)} in {terminal.count(len(index.partitions), 'partition')}"
     console.print(f"Converted {source} to {destination}")
     console.print(f"  {parts}, {seconds_text(seconds)} ({rate_text(index.total_nbytes / seconds)})")
+    if lacks_torchao() and any(entry.kind in KINDS for entry in index.composites):
+        console.print("  its quantised weights need torchao to be loaded; install it with: pip install torchao", style="yellow")
     console.print(f"  next: sllm-mini load {destination}", style="dim")
 
 

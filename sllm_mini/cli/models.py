@@ -32,13 +32,8 @@ def load(
     checkpoint: CheckpointArgument,
     device: DeviceOption = "cpu",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not hash the bytes as they arrive.")] = False,
-    repeat: Annotated[
-        int, typer.Option("--repeat", min=1, max=100, metavar="N", help="Load it N times, one after another.")
-    ] = 1,
-    cold: Annotated[
-        bool,
-        typer.Option("--cold", help="Ask the kernel to forget the files before each load, so that the disk is read."),
-    ] = False,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, max=100, metavar="N", help="Load it N times, one after another.")] = 1,
+    cold: Annotated[bool, typer.Option("--cold", help="Ask the kernel to forget the files before each load, so that the disk is read.")] = False,
     store: StoreOption = False,
     address: AddressOption = None,
     json: JsonOption = False,
@@ -100,6 +95,8 @@ def _attach(client: StoreClient, name: str, device: str, repeat: int, json: bool
         started = time.perf_counter()
         with client.attach(name, device) as attached:
             attach_seconds = time.perf_counter() - started
+            if attached.reason not in {run["reason"] for run in runs}:
+                _tell_reason(attached)
             _wait(attached, name)
             seconds = time.perf_counter() - started
             nbytes, tensor_count = attached.checkpoint.nbytes, len(attached.checkpoint.index.tensors)
@@ -111,9 +108,15 @@ def _attach(client: StoreClient, name: str, device: str, repeat: int, json: bool
     console.print(f"Attached {name} to {device}: {terminal.count(tensor_count, 'tensor')}, {nbytes_text(nbytes)}")
     for run in runs:
         if run["reason"]:
-            console.print(f"  {seconds_text(run['seconds'])}, loaded by this process: {run['reason']}", style="yellow")
+            console.print(f"  {seconds_text(run['seconds'])}, loaded by this process", style="yellow")
         else:
             console.print(f"  tensors after {seconds_text(run['attach_seconds'])}, every byte after {seconds_text(run['seconds'])}, in the store's {run['tier']}")
+
+
+def _tell_reason(attached: Attachment) -> None:
+    """Says at once, on stderr, why a store does not lend a model, since loading it may take long."""
+    if attached.reason:
+        terminal.stderr_console().print(f"This process loads it by itself: {attached.reason}", style="yellow", soft_wrap=True)
 
 
 def _load_once(checkpoint: Checkpoint, device: str, *, verify: bool, cold: bool) -> dict[str, Any]:
@@ -196,9 +199,7 @@ def generate(
         int, typer.Option("--seed", min=0, max=2**64 - 1, metavar="N", help="The same seed draws the same tokens.")
     ] = 0,
     device: DeviceOption = "cpu",
-    ids: Annotated[
-        bool, typer.Option("--ids", help="The prompt and the answer are token ids, separated by spaces.")
-    ] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="The prompt and the answer are token ids, separated by spaces.")] = False,
     store: StoreOption = False,
     address: AddressOption = None,
     json: JsonOption = False,
@@ -219,6 +220,8 @@ def generate(
         raise typer.BadParameter(str(error)) from None
     # A wrong path or name is told before the slow imports; a store reads the bytes meanwhile.
     attached = running_store(address).attach(str(checkpoint), device) if store else None
+    if attached is not None:
+        _tell_reason(attached)
     opened = open_checkpoint(checkpoint) if attached is None else attached.checkpoint
     console = terminal.stderr_console()
     with console.status("importing torch and transformers, then loading") if console.is_terminal else nullcontext():

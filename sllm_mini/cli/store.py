@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-_Policy = Literal["gdsf", "lru", "lfu", "prefix"]
 _Pages = Literal["auto", "hugetlb", "never"]
+_POLICIES = ("gdsf", "lru", "lfu", "prefix")
+_LOOK_SECONDS = 0.5
+_PAGES: tuple[_Pages, ...] = get_args(_Pages)
 
 
 def _budget(text: str) -> tuple[str, int]:
@@ -34,6 +37,15 @@ def _budget(text: str) -> tuple[str, int]:
     if not (name and equals):
         raise typer.BadParameter(f'"{text}" is not a GPU and its budget; write for example cuda:0=20GiB')
     return name, parse_nbytes(size)
+
+
+def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise typer.BadParameter(f'"{text}" is none of {", ".join(names)}')
+        return text
+
+    return parse
 
 
 @app.callback(invoke_without_command=True)
@@ -54,11 +66,13 @@ def store(
         Path | None, typer.Option("--folder", metavar="FOLDER", help="Where copies of remote models lie.", file_okay=False, show_default="~/.cache/sllm-mini")
     ] = None,
     address: AddressOption = None,
-    policy: Annotated[_Policy, typer.Option("--policy", help="What goes first when memory is short.")] = "gdsf",
+    policy: Annotated[str, typer.Option("--policy", parser=_one_of(_POLICIES), metavar=f"[{'|'.join(_POLICIES)}]", help="What goes first when memory is short.")] = "gdsf",
     chunk: Annotated[
         int | None, typer.Option("--chunk", parser=parse_nbytes, metavar="SIZE", help="Memory is handed out in such pieces.", show_default="from the budget")
     ] = None,
-    huge_pages: Annotated[_Pages, typer.Option("--huge-pages", help="Which pages memory is made of.")] = "auto",
+    huge_pages: Annotated[
+        Any, typer.Option("--huge-pages", parser=_one_of(_PAGES), metavar=f"[{'|'.join(_PAGES)}]", help="Which pages memory is made of.")
+    ] = "auto",
     json: JsonOption = False,
 ) -> None:
     """Keep models in memory for other processes.
@@ -89,10 +103,12 @@ def store(
         raise typer.BadParameter(str(error)) from None
     with opened, _end_signals() as told:
         server = StoreServer(opened, place)
-        threading.Thread(target=_close_when_told, args=(server, told), name="sllm-store-end", daemon=True).start()
+        ended = threading.Event()
+        threading.Thread(target=_close_when_told, args=(server, told, ended), name="sllm-store-end", daemon=True).start()
         try:
             _announce(opened, server.address, policy, json)
-            server.wait()
+            while not ended.wait(_LOOK_SECONDS):
+                continue  # a signal that comes just before a wait begins is handled only when that wait ends
         finally:
             opened.close()  # first: it ends loads, and with them whoever waits for one on a connection
             server.close()
@@ -131,8 +147,9 @@ def _end_signals() -> Iterator[queue.SimpleQueue[int]]:
         restore()
 
 
-def _close_when_told(server: StoreServer, told: queue.SimpleQueue[int]) -> None:
+def _close_when_told(server: StoreServer, told: queue.SimpleQueue[int], ended: threading.Event) -> None:
     told.get()
+    ended.set()
     server.close()
 
 
@@ -156,7 +173,11 @@ def _announce(opened: Store, address: str, policy: str, json: bool) -> None:
     for place in places:
         if place.place == "dram" and free and place.budget_nbytes > free:
             words = f"This machine has {nbytes_text(free)} free, less than the budget of {nbytes_text(place.budget_nbytes)}: loads will fail before it is spent."
-            terminal.stderr_console().print(words, style="yellow")
+            terminal.stderr_console().print(words, style="yellow", soft_wrap=True)
+        on_disk = shutil.disk_usage(opened.folder).free
+        if place.place == "disk" and place.budget_nbytes - place.used_nbytes > on_disk:
+            words = f"The disk of {opened.folder} has {nbytes_text(on_disk)} free, less than the budget of {nbytes_text(place.budget_nbytes)}: copies will fail before it is spent."
+            terminal.stderr_console().print(words, style="yellow", soft_wrap=True)
     if json:
         budgets = [{"place": place.place, "budget_nbytes": place.budget_nbytes} for place in places]
         terminal.emit_json({"address": address, "pid": os.getpid(), "folder": str(opened.folder), "policy": policy, "places": budgets})

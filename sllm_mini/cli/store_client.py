@@ -96,7 +96,10 @@ def prefetch(
     with terminal.byte_progress(f"Bringing {name} to {to}") as progress:
         client.prefetch(name, to, on_progress=progress)
     seconds = time.perf_counter() - started
-    _done({"name": name, "place": to, "seconds": seconds}, f"{name} is in {to}, {seconds_text(seconds)}", json)
+    words = f"{name} is in {to}, {seconds_text(seconds)}"
+    if to == "disk" and any(model.name == name and "://" not in model.source for model in client.models()):
+        words = f"{name} is a local folder: nothing had to be copied to the disk"
+    _done({"name": name, "place": to, "seconds": seconds}, words, json)
 
 
 def pin(name: NameArgument, place: PlaceArgument, address: AddressOption = None, json: JsonOption = False) -> None:
@@ -111,7 +114,7 @@ def pin(name: NameArgument, place: PlaceArgument, address: AddressOption = None,
 def unpin(name: NameArgument, place: PlaceArgument, address: AddressOption = None, json: JsonOption = False) -> None:
     """Let a model be evicted from a place again."""
     running_store(address).pin(name, place, False)
-    _done({"name": name, "place": place, "pinned": False}, f"{name} is not pinned in {place}", json)
+    _done({"name": name, "place": place, "pinned": False}, f"{name} may be evicted from {place} again", json)
 
 
 def evict(name: NameArgument, place: PlaceArgument, address: AddressOption = None, json: JsonOption = False) -> None:
@@ -140,7 +143,12 @@ def list_models(address: AddressOption = None, json: JsonOption = False) -> None
 
 
 def stats(address: AddressOption = None, json: JsonOption = False) -> None:
-    """Show budgets, use, and what happened since the store began."""
+    """Show budgets, use, and what happened since the store began.
+
+    Used is what models occupy, ready what is backed for the next load. The kernel's count is what the system says that the place holds.
+
+    An attachment counts where its bytes were found: elsewhere if the store had no room and the process loaded the model itself.
+    """
     figures = running_store(address).stats()
     if json:
         terminal.emit_json(_plain(figures))
@@ -155,7 +163,7 @@ def stats(address: AddressOption = None, json: JsonOption = False) -> None:
     for place in figures.places:
         if place.trouble:
             console.print(f"Less of {place.place} is ready than was asked for: {place.trouble}", style="yellow")
-    rows = {f"attached from {place}": f"{times:,}" for place, times in figures.attached.items()}
+    rows = {"loaded elsewhere, no room" if place == "elsewhere" else f"attached from {place}": f"{times:,}" for place, times in figures.attached.items()}
     rows |= {f"moved {way.replace('->', ' → ')}": nbytes_text(nbytes) for way, nbytes in figures.moved_nbytes.items()}
     rows |= {f"evicted from {place}": nbytes_text(nbytes) for place, nbytes in figures.evicted_nbytes.items()}
     if rows:
@@ -169,7 +177,7 @@ def watch(address: AddressOption = None, json: JsonOption = False) -> None:
     With --json each line is a JSON document of its own.
     """
     for event in running_store(address).events():
-        line = f"{event.what} {event.name} {event.place} {nbytes_text(event.nbytes)}"
+        line = f"{event.what} {event.name} {event.place} {nbytes_text(event.nbytes)}" + (f": {event.reason}" if event.reason else "")
         sys.stdout.write((json_format.dumps(_plain(event), ensure_ascii=False) if json else line) + "\n")
         sys.stdout.flush()
 

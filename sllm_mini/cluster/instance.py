@@ -121,6 +121,9 @@ class Instance:
             raise NodeError(f"no thread can be started to watch the load of {model} ({error}); end some threads and start it again") from error
         self._follower = follower  # not before: one that never ran would hold what it was to follow, in a cycle
 
+    def __repr__(self) -> str:
+        return f"<Instance {self.instance_id} of {self.model} on {self.device}: {self.warmth}>"
+
     @property
     def engine(self) -> Engine:
         """It may run at once: what it lacks, its first pass waits for. Raises NodeError once the instance was stopped."""

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from sllm_mini.checkpoint.directory import Checkpoint
-from sllm_mini.errors import IntegrityError, StoreError
+from sllm_mini.errors import IntegrityError, LoadCancelled, StoreError
 from sllm_mini.loading.flow import IN_PLACE
 from sllm_mini.loading.load import start_transfer
 from sllm_mini.storage.attach import Arriving
 from sllm_mini.storage.discard import Discard
+from sllm_mini.storage.failures import words
 from sllm_mini.storage.holdings import DRAM, Entry, Holdings, Lease
 from sllm_mini.storage.places import DevicePlace, Dram, Image, image_plan
 from sllm_mini.storage.remote import RemoteCheckpoint
@@ -158,9 +159,8 @@ class Bringer:
             transfer = image.arriving = Transfer(moving)
             self._cancel_when_closed(moving, job)
             kept_job, kept_reading = job.pop_all(), reading.pop_all()
-            watcher = threading.Thread(
-                target=self._watch, args=(entry, held, image, transfer, origin, kept_job, kept_reading), name="sllm-store-load", daemon=True
-            )
+            followed = (entry, held, image, transfer, origin, kept_job, kept_reading)
+            watcher = threading.Thread(target=self._watch, args=followed, name="sllm-store-load", daemon=True)
             try:
                 watcher.start()
             except RuntimeError as error:
@@ -211,7 +211,8 @@ class Bringer:
                 image.resident_nbytes = image.checkpoint.nbytes
                 self._holdings.note("loaded", entry.name, held.name, image.checkpoint.nbytes)
             else:
-                self._holdings.note("failed", entry.name, held.name, held.shrink(entry.name, image.occupied_nbytes))
+                what, reason = ("cancelled", "") if isinstance(error, LoadCancelled) else ("failed", words(error) or type(error).__name__)
+                self._holdings.note(what, entry.name, held.name, held.shrink(entry.name, image.occupied_nbytes), reason)
 
     def _count(self, source: Checkpoint | None, found_in: str, place: str, nbytes: int) -> None:
         """Counts what was moved: of a remote model, what an interrupted download left on the disk was not read again."""

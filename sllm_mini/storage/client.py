@@ -23,7 +23,7 @@ from sllm_mini.storage.failures import restored
 from sllm_mini.storage.mapping import MappedImage
 from sllm_mini.storage.source import RemoteOptions
 from sllm_mini.types import Progress, ProgressCallback, Tier
-from sllm_mini.wire import Channel, Received, connect
+from sllm_mini.wire import Channel, ChannelClosed, Received, connect
 
 CONNECT_SECONDS = 5.0
 _A = TypeVar("_A", bound=messages.Answer)
@@ -197,6 +197,8 @@ def _receive(channel: AnswerChannel, address: str, *, into_index: bool = False) 
 
     try:
         return channel.receive(into=memory if into_index else None)
+    except ChannelClosed as error:
+        raise StoreError(f"the store at {address} was stopped or died; start it and ask again") from error
     except WireError as error:
         raise StoreError(f"the store at {address} ended the conversation ({error}); is it still running?") from error
 

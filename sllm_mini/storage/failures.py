@@ -14,7 +14,12 @@ def failure(error: BaseException) -> Failed:
     StoreError."""
     kind = next((known.__name__ for known in type(error).__mro__ if _known(known.__name__) is known), StoreError.__name__)
     path, offset = getattr(error, "path", None), getattr(error, "offset", None)
-    return Failed(kind, str(error)[:_MAX_CHARACTERS], path if isinstance(error, SllmError) else None, offset if isinstance(error, SllmError) else None)
+    return Failed(kind, words(error), path if isinstance(error, SllmError) else None, offset if isinstance(error, SllmError) else None)
+
+
+def words(error: BaseException) -> str:
+    """What an error says, not longer than a message takes."""
+    return str(error)[:_MAX_CHARACTERS]
 
 
 def restored(failed: Failed) -> SllmError:

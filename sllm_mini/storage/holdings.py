@@ -8,6 +8,7 @@ the next decision. Taught in chapter 03.
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from sllm_mini.storage.source import redacted
 from sllm_mini.storage.sources import DISK, Version
 
 DRAM = "dram"
+_GPU = re.compile(r"cuda:\d+")
 Listener = Callable[[messages.Happened], None]
 
 
@@ -98,7 +100,8 @@ class Lease:
 class Holdings:
     """See the module. Safe from several threads: every method takes the lock, and `locked` holds it over several."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, has_disk: bool = False) -> None:
+        self._has_disk = has_disk
         self.places: dict[str, Dram | DevicePlace] = {}
         self.entries: dict[str, Entry] = {}
         self.attached: Counter[str] = Counter()
@@ -140,10 +143,12 @@ class Holdings:
             return [other for other in self.entries.values() if other is entry or (name and other.version.cache_name == name)]
 
     def place(self, name: str) -> Dram | DevicePlace:
-        """Raises StoreError for a place that the store has no budget for."""
+        """Raises StoreError for a memory that the store has no budget for."""
         found = self.places.get(name)
         if found is None:
-            raise StoreError(f"the store has no place {name[:200]!r}; it has {', '.join(self.places) or 'none, give it a budget'}")
+            known = ", ".join([*self.places, *[DISK] * self._has_disk]) or "none, give it a budget"
+            option = "--dram SIZE" if name == DRAM else f"--device {name}=SIZE" if _GPU.fullmatch(name) else ""
+            raise StoreError(f"the store has no place {name[:200]!r}; it has {known}{option and f'; start it with {option}'}")
         return found
 
     def lease(self, entry: Entry, place: str, image: Image, found_in: str, *, use: bool = True) -> Lease:
@@ -212,7 +217,8 @@ class Holdings:
             elif (image is not None and image.loading) or (place == DISK and any(user.reading is not None for user in users)):
                 why = "it is loading"
             elif image is not None and image.leases.count:
-                why = f"{image.leases.count} attachments or copies use it"
+                uses = image.leases.count
+                why = "1 attachment or copy uses it" if uses == 1 else f"{uses} attachments or copies use it"
             if why:
                 raise StoreError(f"{entry.name} stays in {place}: {why}")
 
@@ -227,13 +233,13 @@ class Holdings:
                     self.note("evicted", entry.name, held.name, held.shrink(entry.name, image.occupied_nbytes))
             del self.entries[entry.name]
 
-    def note(self, what: str, name: str, place: str, nbytes: int) -> None:
+    def note(self, what: str, name: str, place: str, nbytes: int, reason: str = "") -> None:
         """Counts what happened and tells those who listen."""
         with self.locked():
             if what == "evicted":
                 self.evicted[place] += nbytes
             for listener in tuple(self.listeners):  # one may end itself
-                listener(messages.Happened(what, name, place, nbytes))
+                listener(messages.Happened(what, name, place, nbytes, reason))
 
     def describe(self, entry: Entry, *more: messages.Residence) -> messages.Model:
         """What is known of a model; `more`: where it is that is no memory."""

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import ConnectTimeoutError
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 from sllm_mini.storage.source import Interrupted, unwanted
 
@@ -86,6 +86,8 @@ class _Connection(HTTPConnection):
                 self.timeout = min(max(end - time.monotonic(), 0.001), _CONNECT_SECONDS)
                 try:
                     sock = super()._new_conn()
+                except NewConnectionError:  # refused, or no such name: a ConnectTimeoutError too, but an answer
+                    raise
                 except ConnectTimeoutError:
                     if unwanted():
                         raise Interrupted(_GIVEN_UP) from None

@@ -193,12 +193,14 @@ class Ready(Message, frozen=True):
 
 
 class Happened(Message, frozen=True):
-    """Something that changed what a place holds: "loaded", "evicted", "failed"."""
+    """Something that changed what a place holds: "loaded", "evicted", "failed" for a `reason`, "cancelled" by whoever closed
+    the store."""
 
     what: Name
     name: Name
     place: Name
     nbytes: Size
+    reason: Text = ""
 
 
 Answer = Failed | Done | Progressed | Model | Models | Figures | Image | DeviceImage | Elsewhere | Descriptors | Ready | Happened

@@ -127,7 +127,7 @@ def _check_companions(entries: list[CompanionEntry], source: Source) -> None:
 def _check_partition(entry: PartitionEntry, source: Source, options: RemoteOptions) -> None:
     place = f"{source.url}/{entry.file}"
     try:
-        nbytes = attempt(place, options, lambda _: source.nbytes(entry.file))
+        nbytes = attempt(place, options, lambda _: source.nbytes(entry.file, ranged=True))
     except Differs as error:
         raise RemoteError(f"{error}, but the index names it; upload the checkpoint again", path=place) from None
     if nbytes != entry.file_nbytes:

@@ -7,6 +7,7 @@ No error names a query, a user or a password, and none is chained to one that do
 from __future__ import annotations
 
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,8 @@ from sllm_mini.errors import LoadCancelled, RemoteError
 _T = TypeVar("_T")
 _USER = re.compile(r"://[^/]*@")
 """Up to the last @ before a path: a password may hold anything but a slash."""
+_UNREACHED_SECONDS = 1.0
+"""For so long a server that nobody has reached yet is asked again; one that was reached may only be restarting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,10 @@ class Interrupted(Exception):
     """What may go better the next time: a lost connection, a busy server. Never leaves this floor."""
 
 
+class Unreached(Interrupted):
+    """A server that was never reached, and that no patience will bring: nothing listens there, or its name is unknown."""
+
+
 class Differs(Exception):
     """The file is not as it was when its size was learnt: gone, shorter, longer. Never leaves this floor."""
 
@@ -55,8 +62,9 @@ class Source(Protocol):
     url: str
     """The folder's address without user, password and query: fit to be shown."""
 
-    def nbytes(self, file: str) -> int:
-        """The size of a file, in one request. Raises Interrupted, Differs or RemoteError."""
+    def nbytes(self, file: str, *, ranged: bool = False) -> int:
+        """The size of a file, in one request; with `ranged` its ranges must be answered too. Raises Interrupted, Differs or
+        RemoteError."""
         ...
 
     def stream(self, file: str, offset: int, view: memoryview, total_nbytes: int) -> Iterator[int]:
@@ -109,8 +117,8 @@ def attempt(
 ) -> _T:  # fmt: skip
     """Does `work` on the file at `place` again until it is not interrupted; it gets a function to call whenever bytes arrive.
 
-    Raises RemoteError, naming the place and the byte `offset()`, once nothing has arrived for `deadline_seconds`;
-    LoadCancelled as soon as `stopped()`; and what `work` raises, but for Interrupted."""
+    Raises RemoteError, naming the place and the byte `offset()`, once nothing has arrived for `deadline_seconds`, or for a
+    second from a server that is Unreached; LoadCancelled as soon as `stopped()`; and what `work` raises, but for Interrupted."""
     last = time.monotonic()
     pause = options.backoff_seconds
 
@@ -125,10 +133,13 @@ def attempt(
             with _asking_until(stopped):
                 return work(arrived)
         except Interrupted as error:
-            reason = str(error)
+            reason, unreached = str(error), isinstance(error, Unreached)
         if stopped():
             raise LoadCancelled("the load has ended", path=place)
-        left = last + options.deadline_seconds - time.monotonic()
+        patience = min(options.deadline_seconds, _UNREACHED_SECONDS) if unreached else options.deadline_seconds
+        left = last + patience - time.monotonic()
+        if left <= 0 and unreached:
+            raise refusal(reason, place) if place.startswith("http") else RemoteError(reason, path=place)
         if left <= 0:
             raise RemoteError(
                 f"nothing came for {options.deadline_seconds:g} seconds ({reason}); see whether the server can be reached and load it again",
@@ -164,6 +175,25 @@ def fetch(
     if len(view):
         attempt(f"{source.url}/{file}", options, work, offset=lambda: offset + at, stopped=stopped)
     return max(attempts - 1, 0)
+
+
+def refusal(sentence: str, place: str) -> RemoteError:
+    """The error of a sentence that names its address itself."""
+    error = RemoteError(sentence)
+    error.path = place
+    return error
+
+
+def unreached(error: BaseException, server: str) -> Unreached | None:
+    """What is to be raised if an exception of another library comes from a server that is not there; None if it does not."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConnectionRefusedError):
+            return Unreached(f"{server} refuses the connection; is a server running there?")
+        if isinstance(cause, socket.gaierror):
+            return Unreached(f"the name of {server} does not resolve; check the address and the network")
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def reason_of(error: object) -> str:

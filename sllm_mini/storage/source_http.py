@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from sllm_mini.errors import RemoteError
-from sllm_mini.storage.source import Differs, Interrupted, RemoteOptions, reason_of, shown
+from sllm_mini.storage.source import Differs, Interrupted, RemoteOptions, reason_of, refusal, shown, unreached
 
 if TYPE_CHECKING:
     import urllib3
 
 _PIECE_NBYTES = 1 << 20
+_PORTS = {"http": 80, "https": 443}
 _AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504))
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
@@ -38,17 +39,20 @@ class HttpSource:
         self._headers = {**headers, "Accept-Encoding": "identity"}
         self._lock = threading.Lock()
         self._options = options
+        self._reached = False
         self._pools: dict[str | None, urllib3.PoolManager] = {}
         self._timeout = urllib3.Timeout(options.timeout_seconds)
         self._retries = urllib3.Retry(total=5, connect=0, read=0, status=0, other=0, redirect=5)
 
-    def nbytes(self, file: str) -> int:
+    def nbytes(self, file: str, *, ranged: bool = False) -> int:
         response = self._get(file, 0, 1)
         try:
             if response.status == 206 and (found := _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))) and found[3] != "*":
                 return int(found[3])
             if response.status == 416 and response.headers.get("Content-Range") == "bytes */0":
                 return 0
+            if response.status == 200 and ranged:
+                raise RemoteError("the server does not answer byte ranges; serve it from one that does, as nginx and object stores do", path=f"{self.url}/{file}")
             length = response.headers.get("Content-Length", "")
             if response.status == 200 and length.isascii() and length.isdigit():
                 return int(length)
@@ -93,12 +97,17 @@ class HttpSource:
             raise Interrupted(f"no address for it: {type(error).__name__}") from None
         headers = {**self._headers, "Range": f"bytes={offset}-{offset + nbytes - 1}"}
         try:
-            return self._pool(url).request("GET", url, headers=headers, preload_content=False, decode_content=False, timeout=self._timeout, retries=self._retries)
+            response = self._pool(url).request("GET", url, headers=headers, preload_content=False, decode_content=False, timeout=self._timeout, retries=self._retries)
+            self._reached = True
+            return response
         except (urllib3.exceptions.HTTPError, OSError) as error:
             cause: object = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) else error
-            final = (urllib3.exceptions.SSLError, urllib3.exceptions.LocationValueError, urllib3.exceptions.ResponseError)
-            if isinstance(cause, final):
+            if isinstance(cause, urllib3.exceptions.LocationValueError):
+                raise refusal(f"{self.url} is not an address; write for example https://HOST/FOLDER", f"{self.url}/{file}") from None
+            if isinstance(cause, (urllib3.exceptions.SSLError, urllib3.exceptions.ResponseError)):
                 raise RemoteError(f"it cannot be asked for: {reason_of(cause)}", path=f"{self.url}/{file}") from None
+            if isinstance(cause, urllib3.exceptions.NewConnectionError) and not self._reached and (found := unreached(cause, _server(error, url))) is not None:
+                raise found from None
             raise Interrupted(reason_of(cause)) from None
 
     def _check(self, file: str, response: urllib3.BaseHTTPResponse, offset: int, nbytes: int, total_nbytes: int) -> int:
@@ -147,6 +156,15 @@ class HttpSource:
                 self._pools[proxy] = urllib3.PoolManager(maxsize=size) if proxy is None else urllib3.ProxyManager(proxy, maxsize=size)
                 self._pools[proxy].pool_classes_by_scheme = POOLS
             return self._pools[proxy]
+
+
+def _server(error: Exception, url: str) -> str:
+    """The server that a request failed at, which a redirect may have named."""
+    pool = getattr(error, "pool", None)
+    if pool is None:
+        return shown(url)
+    host = f"[{pool.host}]" if ":" in pool.host else pool.host
+    return f"{pool.scheme}://{host}" + ("" if pool.port in (None, _PORTS[pool.scheme]) else f":{pool.port}")
 
 
 def _give_back(response: urllib3.BaseHTTPResponse) -> None:

@@ -70,7 +70,7 @@ class Store:
         if any(device.is_host for device, _ in devices):
             raise ValueError("the CPU's memory is the place 'dram'; give its budget as dram_nbytes")
         self.folder = Path(os.path.abspath(folder))
-        self._holdings = Holdings(POLICIES[policy] if isinstance(policy, str) else policy)
+        self._holdings = Holdings(POLICIES[policy] if isinstance(policy, str) else policy, has_disk=disk_nbytes > 0)
         self._remote = remote or RemoteOptions()
         self._sources = Sources(self.folder, DiskCache(self.folder / "models", disk_nbytes) if disk_nbytes else None, self._remote)
         self._bringer = Bringer(self._holdings, self._sources)

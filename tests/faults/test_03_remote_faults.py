@@ -29,7 +29,7 @@ from test_03_remote import QUICK, occupied_nbytes, partitions, read_all, write_m
 from sllm_mini.checkpoint import open_checkpoint, verify_checkpoint
 from sllm_mini.errors import FormatError, IntegrityError, LoadCancelled, RemoteError, SllmError, UnsupportedError
 from sllm_mini.loading.load import start_load
-from sllm_mini.storage import filling
+from sllm_mini.storage import filling, source
 from sllm_mini.storage.disk import DiskCache
 from sllm_mini.storage.remote import RemoteCheckpoint, RemoteOptions, open_remote
 from sllm_mini.storage.source import fetch, redacted, shown
@@ -65,10 +65,12 @@ def cache(tmp_path: Path) -> DiskCache:
 
 
 @contextmanager
-def told(kind: type[SllmError], place: str | Path, *says: str) -> Iterator[None]:
-    """The block must raise `kind`, in one line that names `place` and says each of `says`."""
+def told(kind: type[SllmError], place: str | Path, *says: str) -> Iterator[list[Any]]:
+    """The block must raise `kind`, in one line that names `place` and says each of `says`; the list gets the error."""
+    errors: list[Any] = []
     with pytest.raises(kind) as found:
-        yield
+        yield errors
+    errors.append(found.value)
     text = str(found.value)
     assert "\n" not in text and text.startswith(str(place)) and all(part in text for part in says), text
 
@@ -126,12 +128,67 @@ def test_a_server_that_is_killed_and_comes_back(model: Path, tmp_path: Path, mon
         child.kill()  # and now for good
         child.wait()
         began = time.monotonic()
-        with told(RemoteError, f"{url}/index.json:", "nothing came for 0.4 seconds", "NewConnectionError"):
-            open_remote(url, tmp_path / "none", options=HASTY)
-        assert time.monotonic() - began < 5
+        with told(RemoteError, f"http://127.0.0.1:{port} refuses the connection; is a server running there?") as found:
+            open_remote(url, tmp_path / "none", options=patient)
+        assert time.monotonic() - began < 8 < patient.deadline_seconds and found[0].path == f"{url}/index.json"
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_name_that_does_not_resolve_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    began = time.monotonic()
+    with told(RemoteError, "the name of http://nosuch.invalid:8000 does not resolve; check the address"):
+        open_remote("http://nosuch.invalid:8000/a", tmp_path / "none")
+    assert time.monotonic() - began < 8 < RemoteOptions().deadline_seconds
+
+
+def test_a_server_that_was_reached_is_waited_for(server: RangeServer, model: Path, tmp_path: Path) -> None:
+    """It may be restarting: for longer than one that was never there, and without asking all the time."""
+    options = RemoteOptions(timeout_seconds=5, deadline_seconds=30, backoff_seconds=0.3)
+    with open_remote(f"{server.url}/{model.name}", tmp_path / "small", options=options) as remote, ThreadPoolExecutor(1) as pool:
+        reader = remote.open_reader(0)
+        view = memoryview(bytearray(2 * MIB))
+        server.stop()
+        try:
+            reading = pool.submit(reader.read, view, 0)
+            time.sleep(2)
+            assert not reading.done()
+        finally:
+            server.start()
+        reading.result(20)
+        assert 1 <= remote.traffic.interruptions <= 8 and view == partitions(model)[0][: 2 * MIB]
+        reader.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "says"),
+    [
+        ("hf://x", RemoteError, "hf://x is not an address; write hf://OWNER/NAME"),
+        ("hf://a/b@", RemoteError, "hf://a/b@ is not an address; write hf://OWNER/NAME"),
+        ("http://[x/a", RemoteError, "http://[x/a is not an address (Invalid IPv6 URL); write for example https://HOST/FOLDER"),
+        ("http://me:SECRET@a:b/c?t=SECRET", RemoteError, "http://a:b/c is not an address; write for example https://HOST/FOLDER"),
+        ("foo://x", UnsupportedError, "foo://x is not an address: no file system reads foo://; write https://…, s3://… or hf://OWNER/NAME"),
+    ],
+)
+def test_what_is_no_address_is_refused_at_once(url: str, kind: type[SllmError], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(source.time, "sleep", slept.append)
+    with told(kind, says):
+        open_remote(url, tmp_path / "none")
+    assert slept == []
+
+
+def test_a_server_without_ranges_is_noticed_when_it_is_opened(server: RangeServer, model: Path, tmp_path: Path) -> None:
+    server.ignore_ranges = True
+    with told(RemoteError, f"{server.url}/{model.name}/data-0000", "does not answer byte ranges; serve it from one that does, as nginx and object stores do"):
+        open_remote(f"{server.url}/{model.name}", tmp_path / "small", options=QUICK)
 
 
 def test_a_server_that_does_not_come_back_fails_the_load(server: RangeServer, model: Path, tmp_path: Path) -> None:
@@ -207,13 +264,13 @@ def test_a_load_that_has_ended_does_not_wait_to_be_connected() -> None:
             client.setblocking(False)
             client.connect_ex(full.getsockname())
         options = RemoteOptions(timeout_seconds=30, deadline_seconds=100)
-        source = HttpSource(f"http://127.0.0.1:{full.getsockname()[1]}", lambda _: f"http://127.0.0.1:{full.getsockname()[1]}/f", {}, options)
+        asked = HttpSource(f"http://127.0.0.1:{full.getsockname()[1]}", lambda _: f"http://127.0.0.1:{full.getsockname()[1]}/f", {}, options)
         threading.Timer(0.3, ended.set).start()
         began = time.monotonic()
         with pytest.raises(LoadCancelled, match="has ended"):
-            fetch(source, "f", 0, memoryview(bytearray(10)), 10, options, stopped=ended.is_set)
+            fetch(asked, "f", 0, memoryview(bytearray(10)), 10, options, stopped=ended.is_set)
         assert time.monotonic() - began < 5
-        source.close()
+        asked.close()
         for client in clients:
             client.close()
 
