@@ -83,7 +83,7 @@ class TokenFeed:
         """Makes the session a running request of the engine that speaks in `epoch`. Raises what `Engine.adopt` raises.
 
         With `guest`, what the engine has prepared for it is used; otherwise whatever the engine still has under its id, from
-        a move or from an earlier epoch, is dropped first, and the others wait while its KV is computed: in one piece, so that
+        a move or from an earlier epoch, is dropped first, and the others wait while `Engine.adopt` computes: in one piece, so that
         a conversation that still fills the old guest cannot take the new one for it.
         """
         name = session.request_id

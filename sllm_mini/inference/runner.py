@@ -130,25 +130,17 @@ class Runner:
 
         return SlotCache(self.windows)
 
-    def forward(self, token_ids: torch.Tensor, cache: Any, length: int) -> torch.Tensor:
-        """Logits `[vocabulary]` of the token that follows; `cache` grows by `token_ids`.
+    def extend(self, cache: SlotCache, row: int, token_ids: torch.Tensor) -> torch.Tensor:
+        """Logits `[1, vocabulary]` of the token that follows; one row of a cache grows by `token_ids`, int64 `[1, n]` on `device`.
 
-        `token_ids` is int64 `[1, n]` on `device`: the n tokens that the cache lacks of a sequence of `length` tokens.
         Prefill, decode and the recomputation after a move are this one call with different n. Positions are given
         explicitly and nothing is masked, so that a token equal to the padding id counts as any other. Does not wait
         for a GPU. Raises ModelError if the model did not put the tokens into the cache it was given.
         """
         import torch
 
-        # Entered per call: a generator that held the mode across a yield would leave its consumer in it.
-        with torch.inference_mode():
-            return self._forward(token_ids, cache, self._upto(length)[:, length - token_ids.shape[1] :], length, None)[0]
-
-    def extend(self, cache: SlotCache, row: int, token_ids: torch.Tensor) -> torch.Tensor:
-        """`forward` for one row of a cache in slots, which grows by `token_ids` `[1, n]`: logits `[1, vocabulary]`."""
-        import torch
-
         ntokens, length = token_ids.shape[1], cache.lengths[row] + token_ids.shape[1]
+        # Entered per call: a generator that held the mode across a yield would leave its consumer in it.
         with torch.inference_mode():
             cache.start_pass(row, 1, ntokens)
             positions = self._upto(length)[:, length - ntokens :]
