@@ -196,10 +196,18 @@ def _bytes_of(tokenizer: Any, token_id: int) -> bytes:
 
 def test_three_steps_give_the_same_bytes_in_another_process(scripts: Any, tmp_path: Path) -> None:
     _, train = scripts
-    with open(tmp_path / "log", "w", encoding="utf-8") as log:
-        facts = train.train(train.TrainOptions(steps=3), tmp_path / "here", log)
     command = [sys.executable, str(MODELS / "train.py"), "--steps", "3", "--out", str(tmp_path / "there")]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "3"})
+    with (
+        open(tmp_path / "log", "w", encoding="utf-8") as log,
+        open(tmp_path / "other log", "w", encoding="utf-8") as output,
+        subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "PYTHONHASHSEED": "3"}) as other,
+    ):
+        try:
+            facts = train.train(train.TrainOptions(steps=3), tmp_path / "here", log)
+            other.wait()
+        finally:
+            other.kill()
+    assert other.returncode == 0, (tmp_path / "other log").read_text(encoding="utf-8")
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json", "loss_curve.csv"):
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
     assert facts["sha256"] == hashlib.sha256((tmp_path / "there" / "model.safetensors").read_bytes()).hexdigest()

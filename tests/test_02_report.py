@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from sllm_mini.cli import main as cli
 from sllm_mini.errors import ResourceError
 from sllm_mini.lab import recorded
 from sllm_mini.lab.report import __main__ as command
 from sllm_mini.lab.report import host as host_module
 from sllm_mini.lab.report import plan as plan_module
+from sllm_mini.lab.report import process as process_module
 from sllm_mini.lab.report import record as record_module
 from sllm_mini.lab.report.archive import write_archive
 from sllm_mini.lab.report.folder import REHEARSAL, Folder, ReportError, write_json
@@ -72,8 +75,9 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_command_that_hangs_is_ended_with_all_it_started(folder: Folder) -> None:
+def test_a_command_that_hangs_is_ended_with_all_it_started(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a child that made a session of its own, and one that will not listen."""
+    monkeypatch.setattr(process_module, "_GRACE_SECONDS", 0.3)
     pids = folder.path / "pids"
     child = f"import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open({str(pids)!r}, 'a').write(str(os.getpid()) + '\\n'); time.sleep(600)"
     code = f"""
@@ -129,11 +133,13 @@ def test_what_is_done_is_not_repeated_unless_asked_and_what_failed_only_with_oth
 
 def test_a_budget_that_ends_in_the_middle_is_resumed(folder: Folder) -> None:
     """The unit it ends in is ended, and has the whole budget of the next call; what was done before stays done."""
-    first, slow, last = (folder.path / name for name in ("first", "slow", "last"))
-    units = [unit("first", touch(first)), unit("slow", f"import time; time.sleep(3); {touch(slow)}", seconds=0.1), unit("last", touch(last), seconds=5.0)]
+    first, slow, last, again = (folder.path / name for name in ("first", "slow", "last", "again"))
+    hangs = f"import os, time; os.path.exists({str(again)!r}) or time.sleep(600); {touch(slow)}"
+    units = [unit("first", touch(first)), unit("slow", hangs, seconds=0.1), unit("last", touch(last), seconds=5.0)]
     call = run(folder, *units, budget=1.5)
     assert (call.done, call.left) == (("stage/first",), ("stage/slow", "stage/last"))
     assert folder.entries["stage/slow"].status == "interrupted" and not slow.exists() and not last.exists()
+    again.touch()
     call = run(folder, *units, budget=30)
     assert call.left == () and len(call.done) == 3
     assert [len(path.read_text()) for path in (first, slow, last)] == [1, 1, 1]
@@ -348,6 +354,24 @@ def test_rounds_follow_the_speed_of_the_disk_and_names_do_not(folder: Folder) ->
     assert list(rounds("opt-125m").values()) == [5]  # one unit of all loaders
     (folder.results / "doctor.json").write_text("{")
     assert rounds("llama-3.1-8b").keys() == found[0].keys()
+
+
+@pytest.mark.parametrize("rehearsal", [True, False])
+def test_every_command_of_the_plan_takes_its_options_and_saves_where_its_result_is_looked_for(rehearsal: bool, tmp_path: Path) -> None:
+    """Those of the long rehearsal are run in it; that these commands do what they promise, the tests of each say."""
+    folder = Folder(tmp_path / "out", rehearsal=rehearsal)
+    seen = set()
+    for planned in Table(host(), folder, CHECKOUT).plan().units:
+        if cli.__name__ in planned.command:
+            words = list(planned.command[planned.command.index(cli.__name__) + 1 :])
+            asked, found = [], typer.main.get_command(cli.app)
+            while commands := getattr(found, "commands", None):
+                asked.append(words.pop(0))
+                found = commands[asked[-1]]
+            given = found.make_context(planned.key, words).params  # a click.UsageError for an option that there is not
+            assert given["json"] if planned.from_stdout else given["save"] == folder.results / str(planned.result)
+            seen.add(" ".join(asked))
+    assert seen == {"doctor", "load", *(f"bench {name}" for name in ("load", "tiers", "overlap", "decode", "migrate", "warmup"))}
 
 
 def test_the_parts_of_a_bench_are_all_of_its_loaders() -> None:
@@ -730,7 +754,12 @@ def test_a_python_without_anything_says_what_is_missing_and_does_what_it_can(tmp
     assert "machine/doctor | skipped: msgspec, numpy" in summary and "tests/gpu | skipped" in summary and (tmp_path / "out" / "gpu-report.tar.gz").exists()
 
 
-def test_a_rehearsal_goes_through_every_stage_on_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SOME = ("machine", "tests", "kernels", "bench/load-command", "bench/cold-start", "chapters")
+"""Every stage; of the benches those that no command's own test runs as the report does: on the fake, and a script."""
+
+
+@pytest.mark.parametrize("stages", [pytest.param(SOME, id="every stage"), pytest.param((), id="every unit", marks=pytest.mark.slow)])
+def test_a_rehearsal_goes_through_every_stage_on_a_processor(stages: tuple[str, ...], tmp_path: Path) -> None:
     """The real steps, the fake GPU: what it makes says that it is a rehearsal, and cannot be recorded."""
     checkout = tmp_path / "checkout"
     (checkout / "tests").mkdir(parents=True)
@@ -738,7 +767,7 @@ def test_a_rehearsal_goes_through_every_stage_on_a_processor(tmp_path: Path, mon
     shutil.copytree(CHECKOUT / "sllm_mini", checkout / "sllm_mini", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("csrc", "data"):
         (checkout / name).symlink_to(CHECKOUT / name)
-    for name in ("conftest.py", "command_line.py", "test_00_survey.py"):  # all tests share the first, which imports the second
+    for name in ("conftest.py", "command_line.py"):  # all tests share the first, which imports the second
         shutil.copyfile(CHECKOUT / "tests" / name, checkout / "tests" / name)
     shutil.copyfile(CHECKOUT / "pyproject.toml", checkout / "pyproject.toml")
     shutil.copyfile(CHECKOUT / "Makefile", checkout / "Makefile")
@@ -750,7 +779,7 @@ def test_a_rehearsal_goes_through_every_stage_on_a_processor(tmp_path: Path, mon
     ]  # fmt: skip
     (checkout / "chapters" / "00_short.ipynb").write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
     out = tmp_path / "out"
-    asked = ["make", "--no-print-directory", "gpu-report", f"PYTHON={sys.executable}", f"OUT={out}", "BUDGET=600", "REPORT_FLAGS=--rehearse"]
+    asked = ["make", "--no-print-directory", "gpu-report", f"PYTHON={sys.executable}", f"OUT={out}", f"STAGES={' '.join(stages)}", "BUDGET=600", "REPORT_FLAGS=--rehearse"]
     environment = {key: value for key, value in os.environ.items() if key not in ("SLLM_MINI_WORK", "PYTHONPATH", MARK)}
     done = subprocess.run(asked, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     folder = Folder(out, rehearsal=True)
@@ -759,11 +788,13 @@ def test_a_rehearsal_goes_through_every_stage_on_a_processor(tmp_path: Path, mon
     assert REHEARSAL in done.stdout and "0 failed, 0 left" in done.stdout
     assert {key.split("/")[0] for key in folder.entries} == {"machine", "kernels", "bench", "tests", "chapters"}
     assert all(entry.status == "done" for entry in folder.entries.values())
+    planned = {unit.key for unit in Table(look(out, rehearsal=True), folder, checkout).plan().units}
+    assert folder.entries.keys() == {key for key in planned if not stages or key in stages or key.split("/")[0] in stages}
     kernels = json.loads((folder.results / "kernels.json").read_text())
     assert kernels["machine"]["gpu"] == "Recording GPU" and [r["name"] for r in kernels["results"]] == ["sum64", "xxh3_leaves"] and kernels["rehearsal"] == REHEARSAL
     doctor = json.loads((folder.results / "doctor.json").read_text())
     assert doctor["limits"]["host_to_device_copy_bytes_per_second"] > 0 and doctor["machine"]["gpu"]["model"] == "Recording GPU"
-    assert "1 skipped" in (folder.logs / "tests.gpu.log").read_text() and (out / "junit" / "00_survey.xml").exists()
+    assert "1 skipped" in (folder.logs / "tests.gpu.log").read_text() and (out / "junit" / "00_on_gpu.xml").exists()
     chapter = json.loads((folder.chapters / "00_short.ipynb").read_text())
     assert "".join(chapter["cells"][0]["source"]) == REHEARSAL and "tiny" in "".join(chapter["cells"][2]["outputs"][0]["text"])
     assert "outputs" in (source := json.loads((checkout / "chapters" / "00_short.ipynb").read_text()))["cells"][1] and source["cells"][1]["outputs"] == []
