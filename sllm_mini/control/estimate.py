@@ -1,0 +1,170 @@
+"""How long things will take: loads, starts, migrations, decoding; learned from what was observed, with the error kept.
+
+A load takes `q + n/b` (ServerlessLLM, OSDI'24): the queue of loads on that node, then bytes over the bandwidth of the slowest
+tier on the way. A live migration takes `a * (t_in + t_out) + b`, where `t_out` is not asked for but estimated: the seconds
+it has decoded over the seconds a token takes. First guesses come from the specs; the first observation replaces them, each
+later one moves them by `weight`. Pure; constant time and memory per node, tier and model. Taught in chapter 08.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sllm_mini.control.messages import ModelSpec
+from sllm_mini.control.state import ModelState, NodeState, RequestState
+from sllm_mini.types import Tier, Warmth
+
+MIGRATION_SECONDS_PER_TOKEN = 0.01
+"""First guess of `a`, as in ServerlessLLM's code."""
+MIGRATION_SECONDS = 0.1
+"""First guess of `b`, as there."""
+
+
+def load_seconds(queue_seconds: float, nbytes: int, bytes_per_second: float) -> float:
+    """`q + n/b`. Raises ValueError for a bandwidth that is not above 0, or a queue or size below 0."""
+    if not (bytes_per_second > 0 and queue_seconds >= 0 and nbytes >= 0):
+        raise ValueError(f"{nbytes} bytes at {bytes_per_second} bytes/s behind {queue_seconds} s cannot be; give a bandwidth above 0 and nothing below 0")
+    return queue_seconds + nbytes / bytes_per_second
+
+
+@dataclass(slots=True)
+class Learned:
+    """A figure that is guessed, then observed."""
+
+    value: float
+    count: int = 0
+
+    def learn(self, observed: float, weight: float) -> None:
+        self.value = observed if not self.count else self.value + weight * (observed - self.value)
+        self.count += 1
+
+
+@dataclass(slots=True)
+class Errors:
+    """What was predicted against what came: `mean_*` of the absolute errors, in seconds and as a share of what came."""
+
+    count: int = 0
+    mean_seconds: float = 0.0
+    mean_share: float = 0.0
+    worst_seconds: float = 0.0
+
+    def add(self, predicted: float, observed: float) -> None:
+        error = abs(predicted - observed)
+        self.count += 1
+        self.mean_seconds += (error - self.mean_seconds) / self.count
+        self.mean_share += ((error / observed if observed > 0 else 0.0) - self.mean_share) / self.count
+        self.worst_seconds = max(self.worst_seconds, error)
+
+
+@dataclass(slots=True)
+class Estimator:
+    """One cluster's figures. `weight` of a new observation: 1 keeps only the last one."""
+
+    weight: float = 0.3
+    _bandwidth: dict[tuple[str, Tier], Learned] = field(default_factory=dict, init=False)
+    _decode: dict[str, Learned] = field(default_factory=dict, init=False)
+    _base: dict[tuple[str, Warmth], Learned] = field(default_factory=dict, init=False)
+    _per_token: Learned = field(default_factory=lambda: Learned(MIGRATION_SECONDS_PER_TOKEN), init=False)
+    _errors: dict[str, Errors] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise ValueError(f"a weight of {self.weight} learns nothing sensible; give one above 0 and up to 1")
+
+    # --- predictions ------------------------------------------------------------------------------------------------
+
+    def bandwidth(self, node: NodeState, tier: Tier) -> float:
+        """Bytes a second from this tier to where a model runs on this node: the slowest link on the way."""
+        learned = self._bandwidth.get((node.spec.name, tier))
+        return learned.value if learned is not None else _guess(node, tier)
+
+    def load(self, node: NodeState, spec: ModelSpec, tier: Tier, now: float, parts: int = 1) -> float:
+        """Seconds until the weights are there, were the load asked for now; `parts` nodes fetch a share each."""
+        if tier is Tier.DEVICE:
+            return 0.0
+        return load_seconds(max(node.loads_until - now, 0.0), -(-spec.nbytes // parts), self.bandwidth(node, tier))
+
+    def start(self, node: NodeState, spec: ModelSpec, warmth: Warmth, tier: Tier, now: float, parts: int = 1) -> float:
+        """Seconds from `warmth` to READY: the rungs below, the load with its queue, the rung above."""
+        seconds = self.base(spec, warmth)
+        if warmth < Warmth.DEVICE:
+            seconds += self.load(node, spec, Tier.DRAM if warmth is Warmth.DRAM else tier, now, parts)
+        return seconds
+
+    def base(self, spec: ModelSpec, warmth: Warmth) -> float:
+        """Seconds of a start from `warmth` that do not depend on bytes."""
+        learned = self._base.get((spec.name, warmth))
+        if learned is not None:
+            return learned.value
+        return (
+            (spec.process_seconds if warmth < Warmth.PROCESS else 0.0)
+            + (spec.runtime_seconds if warmth < Warmth.RUNTIME else 0.0)
+            + (spec.ready_seconds if warmth < Warmth.READY else 0.0)
+        )
+
+    def decode(self, spec: ModelSpec) -> float:
+        """Seconds a token."""
+        learned = self._decode.get(spec.name)
+        return learned.value if learned is not None else spec.decode_seconds_per_token
+
+    def output_tokens(self, request: RequestState, spec: ModelSpec, now: float) -> float:
+        """How many tokens a request should have generated by now, from the seconds it has run."""
+        per_token = self.decode(spec)
+        if not per_token:
+            return float(request.output_tokens)
+        running = now - request.assigned - request.input_tokens * spec.prefill_seconds_per_token
+        return max(request.output_tokens, running / per_token)
+
+    def migration(self, request: RequestState, spec: ModelSpec, now: float) -> float:
+        """Seconds that moving a running request would take."""
+        return self._per_token.value * (request.input_tokens + self.output_tokens(request, spec, now)) + MIGRATION_SECONDS
+
+    # --- observations -----------------------------------------------------------------------------------------------
+
+    def observe_start(self, node: NodeState, model: ModelState, warmth: Warmth, tier: Tier, seconds: float, queued_seconds: float, predicted: float, parts: int = 1) -> None:
+        """A start from `warmth` took `seconds`, `queued_seconds` of them behind other loads; `predicted` were expected.
+
+        Bytes over the seconds that the fixed rungs leave are the bandwidth; where no bytes were moved, or the rungs leave no
+        time at all, the seconds are the rungs' own.
+        """
+        spec = model.spec
+        own = max(seconds - queued_seconds, 0.0)
+        base = self.base(spec, warmth)
+        source = Tier.DRAM if warmth is Warmth.DRAM else tier
+        moved = -(-spec.nbytes // parts) if warmth < Warmth.DEVICE and source is not Tier.DEVICE else 0
+        if moved and own > base:
+            self._learn(self._bandwidth, (node.spec.name, source), moved / (own - base), _guess(node, source))
+        else:
+            self._learn(self._base, (spec.name, warmth), own, base)
+        self._note(f"start from {warmth.name} by {source.name}" if moved else f"start from {warmth.name}", predicted, seconds)
+
+    def observe_finished(self, request: RequestState, spec: ModelSpec, output_tokens: int, seconds: float) -> None:
+        """A request that nothing interrupted ran `seconds` for its tokens."""
+        decoding = seconds - request.input_tokens * spec.prefill_seconds_per_token
+        if output_tokens > 1 and decoding > 0 and not (request.migrations or request.preemptions or request.failures):
+            self._learn(self._decode, spec.name, decoding / output_tokens, spec.decode_seconds_per_token)
+
+    def observe_migration(self, request: RequestState, output_tokens: int, seconds: float, predicted: float) -> None:
+        """Moving a request with so many tokens took `seconds`."""
+        tokens = request.input_tokens + output_tokens
+        if tokens and seconds > MIGRATION_SECONDS:
+            self._per_token.learn((seconds - MIGRATION_SECONDS) / tokens, self.weight)
+        self._note("migration", predicted, seconds)
+
+    def errors(self) -> Mapping[str, Errors]:
+        """What was predicted against what came, by kind of start and for migrations."""
+        return dict(sorted(self._errors.items()))
+
+    def _learn(self, table: dict[Any, Learned], key: object, observed: float, guess: float) -> None:
+        table.setdefault(key, Learned(guess)).learn(observed, self.weight)
+
+    def _note(self, what: str, predicted: float, observed: float) -> None:
+        self._errors.setdefault(what, Errors()).add(predicted, observed)
+
+
+def _guess(node: NodeState, tier: Tier) -> float:
+    spec = node.spec
+    device, disk, remote = spec.dram_bytes_per_second, spec.disk_bytes_per_second, spec.remote_bytes_per_second
+    return {Tier.REMOTE: min(remote, disk, device), Tier.DISK: min(disk, device), Tier.DRAM: device}[tier]

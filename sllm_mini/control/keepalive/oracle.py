@@ -1,0 +1,54 @@
+"""The bound: a keep-alive that knows the future. No policy can have fewer cold starts for less memory. Pure. Chapter 09."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from sllm_mini.control.cluster import Cluster
+from sllm_mini.control.estimate import Estimator
+from sllm_mini.control.policy import Prewarm, Stay
+from sllm_mini.control.state import InstanceState, ModelState
+from sllm_mini.types import Warmth
+
+
+@dataclass(slots=True)
+class Clairvoyant:
+    """`next_arrival(model, now)` is when its next request comes, None if none does. An idle instance stays only if that is no
+    later than a start takes; else it goes at once and is there again just in time."""
+
+    next_arrival: Callable[[str, float], float | None]
+    estimator: Estimator = field(default_factory=Estimator)
+    first: bool = True
+    """Whether even a model's first request finds it ready."""
+
+    def _start_seconds(self, model: ModelState, cluster: Cluster, now: float) -> float:
+        node = next(iter(cluster.nodes.values()), None)
+        return self.estimator.start(node, model.spec, Warmth.COLD, node.tier(model.spec.name), now) if node is not None else 0.0
+
+    def on_deploy(self, model: ModelState, cluster: Cluster, now: float) -> Sequence[Prewarm]:
+        arrival = self.next_arrival(model.spec.name, now) if self.first else None
+        if arrival is None:
+            return ()
+        return [Prewarm(max(arrival - self._start_seconds(model, cluster, now), now), model.spec.name, Warmth.READY)]
+
+    def on_arrival(self, model: ModelState, cluster: Cluster, now: float, warmth: Warmth) -> Sequence[Prewarm]:
+        return ()
+
+    def stay(self, instance: InstanceState, cluster: Cluster, now: float) -> Stay:
+        model = cluster.models.get(instance.model or "")
+        arrival = self.next_arrival(model.spec.name, now) if model is not None else None
+        if model is None or arrival is None:
+            return Stay(0.0)
+        start = self._start_seconds(model, cluster, now)
+        if arrival - now <= start:
+            return Stay(None)
+        return Stay(0.0, again=Prewarm(arrival - start, model.spec.name, Warmth.READY))
+
+    def rank(self, instance: InstanceState, cluster: Cluster, now: float) -> float:
+        """Belady's: whose next request is furthest goes first."""
+        arrival = self.next_arrival(instance.model, now) if instance.model is not None else None
+        return float("-inf") if arrival is None else -arrival
+
+    def gave_way(self, instance: InstanceState, rank: float, now: float) -> Stay:
+        return Stay(0.0)
