@@ -29,6 +29,7 @@ from sllm_mini.control.keepalive.rainbowcake import Arrivals, beta_seconds, quan
 from sllm_mini.control.messages import ModelSpec, NodeSpec
 from sllm_mini.control.policy import Prewarm, Stay
 from sllm_mini.control.state import InstanceState
+from sllm_mini.lab.forecast import autoregression
 from sllm_mini.types import Warmth
 
 MB = 1_000_000
@@ -194,6 +195,22 @@ def test_hybrid_histogram_goes_and_is_back_in_time() -> None:
     stay = policy.stay(instance(), there, now + 5)
     assert stay == Stay(0.0, again=Prewarm(now + 5 + 9 * 60, "m", Warmth.READY))
     assert policy.stay(instance(uses=0), there, now + 5 + 9 * 60) == Stay(4 * 60.0)  # until 13 minutes after its work
+
+
+def test_an_autoregression_follows_what_alternates() -> None:
+    draw = random.Random(3)
+    values = [300.0]
+    for _ in range(60):
+        values.append(600 - values[-1] + 200 + draw.gauss(0, 5))  # x' = 800 - x
+    ahead = autoregression()(values)
+    assert ahead == pytest.approx(800 - values[-1], abs=25)
+    second = [10.0, 20.0]
+    for _ in range(40):
+        second.append(0.5 * second[-1] - 0.3 * second[-2] + 12)
+    assert autoregression(2)(second[:30]) == pytest.approx(second[30], rel=1e-6)
+    assert autoregression()([]) is None and autoregression()([5.0, 7.0]) == 6.0
+    with pytest.raises(ValueError, match="order"):
+        autoregression(0)
 
 
 # --- the others -----------------------------------------------------------------------------------------------------

@@ -65,8 +65,8 @@ class IdleTimes:
 
 @dataclass(slots=True)
 class HybridHistogram:
-    """`forecaster` answers where most idle times are too long for the histogram (the paper fits an ARIMA; `lab` has one by
-    statsmodels); without one, or where it cannot say, the model stays for the whole range."""
+    """`forecaster` answers where most idle times are too long for the histogram (the paper fits an ARIMA); without one, or where it
+    cannot say, the model stays for the whole range."""
 
     forecaster: Forecaster | None = None
     bins: int = 240
