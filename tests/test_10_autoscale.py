@@ -28,7 +28,7 @@ def model(running: int = 0, queued: int = 0, ready: int = 0, starting: int = 0, 
     state = ModelState(ModelSpec(name="m", nbytes=1, **spec))  # type: ignore[arg-type]
     state.running, state.ready = running, ready
     state.queue = deque(RequestState(n, "m", 1, "", 0.0) for n in range(queued))
-    state.starting = {n: InstanceState(n, "n", "m", "python", Warmth.COLD, Warmth.READY) for n in range(starting)}
+    state.starting = {n: InstanceState(n, "n", state.spec, "m", "python", Warmth.COLD, Warmth.READY) for n in range(starting)}
     return state
 
 
