@@ -3,7 +3,7 @@ the tokens up to it. So a token or a byte that is lost, doubled or out of place 
 whole text that a request must give is known beforehand: `whole_text`.
 
 It keeps the contract of `Engine` to the letter and fails on any call that breaks it. Run as a program it is a worker
-(`sllm_mini.inference.worker`) around such an engine, in a process of its own, that can be told at which message to die.
+around such an engine, in a process of its own, that can be told at which message to die (`sllm_mini.lab.moving.dying`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -247,17 +248,12 @@ class FakeEngine:
 
 def make(begin: Any) -> Any:
     """The engine of a worker process: its step takes what a small model's would."""
-    victim, _, where = os.environ.get("DIE", "").partition(" ")
-    if begin.owner == victim:
-        die_at_message(where)
     if "WITH_TORCH" in os.environ:  # else the first block would wait for seconds until it is imported
         import torch  # noqa: F401
     return FakeEngine(step_seconds=0.002)
 
 
 if __name__ == "__main__":
-    from moving import die_at_message
+    from sllm_mini.lab.moving.dying import main
 
-    from sllm_mini.inference.worker import main
-
-    main(make)
+    main(sys.argv[1:], make)

@@ -7,10 +7,7 @@ has the register, the ledger and the sides, and notices deaths as a router would
 
 from __future__ import annotations
 
-import itertools
-import os
 import random
-import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -19,12 +16,12 @@ from typing import Any, Literal
 
 from sllm_mini.errors import WireError
 from sllm_mini.inference import migration
-from sllm_mini.inference.feed import TokenFeed
-from sllm_mini.inference.ledger import TokenLedger
-from sllm_mini.inference.migration_messages import Answer, Report, Request
-from sllm_mini.inference.migration_target import MigrationTarget
-from sllm_mini.inference.ownership import EpochRegister, Ownership
-from sllm_mini.inference.ownership_messages import Token, Verdict
+from sllm_mini.inference.migration.messages import Answer, Report, Request
+from sllm_mini.inference.migration.target import MigrationTarget
+from sllm_mini.inference.ownership.feed import TokenFeed
+from sllm_mini.inference.ownership.ledger import TokenLedger
+from sllm_mini.inference.ownership.messages import Token, Verdict
+from sllm_mini.inference.ownership.register import EpochRegister, Ownership
 from sllm_mini.inference.session import Session
 from sllm_mini.types import Epoch
 from sllm_mini.wire import Channel, Received
@@ -193,7 +190,7 @@ class World:
         self[name].feed.adopt(session, epoch)
 
     def move(
-        self, request_id: str, source: str = "source", destination: str = "destination", *, mode: Any = "tokens", options: migration.MoveOptions | None = None
+        self, request_id: str, source: str = "source", destination: str = "destination", *, mode: Any = "tokens", **options: Any
     ) -> Report | None:
         """The report, None if the source was killed. Returns once both ends have left the conversation."""
         here, there = self[source], self[destination]
@@ -211,7 +208,7 @@ class World:
         thread = threading.Thread(target=serve, name="target", daemon=True)
         thread.start()
         try:
-            return migration.migrate(here.engine, request_id, near, owner=source, register=here.register, mode=mode, feed=here.feed, options=options)
+            return migration.migrate(here.engine, request_id, near, owner=source, register=here.register, mode=mode, feed=here.feed, **options)
         except Killed:
             return None
         finally:
@@ -221,9 +218,9 @@ class World:
     def notice(self, name: str) -> None:
         """What a router does when a worker dies: its requests begin again with a survivor, from the last token in the ledger."""
         survivors = [side for side in self.sides.values() if side.alive]
-        for request_id in self.register.retire(name):
+        for request_id, epoch in self.register.retire(name).items():
             new = random.Random(request_id).choice(survivors)
-            begun = self.ledger.restart(request_id, new.name, self.register.owner(request_id).epoch)
+            begun = self.ledger.restart(request_id, new.name, epoch)
             if begun is not None:
                 new.feed.adopt(*begun)
 
@@ -242,27 +239,3 @@ class World:
     def __exit__(self, *_: object) -> None:
         for side in self.sides.values():
             side.close()
-
-
-def die_at_message(where: str) -> None:
-    """Kills this process, as kill -9 does, when it sends or receives a message of a move: `sending Blocks 2` is the third of
-    them. To be called in a worker process, before it talks of moves."""
-    what, kind, count = where.split()
-    left = itertools.count(int(count), -1)
-    send, receive = Channel.send, Channel.receive
-
-    def happens(now: str, message: Any) -> None:
-        if (now, type(message).__name__) == (what, kind) and type(message).__module__.endswith("migration_messages") and next(left) == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def dying_send(self: Any, message: Any, **options: Any) -> None:
-        happens("sending", message)
-        send(self, message, **options)
-        happens("sent", message)
-
-    def dying_receive(self: Any, *args: Any, **options: Any) -> Any:
-        received = receive(self, *args, **options)
-        happens("received", received.message)
-        return received
-
-    Channel.send, Channel.receive = dying_send, dying_receive  # type: ignore[method-assign]

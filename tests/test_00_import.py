@@ -82,6 +82,12 @@ def test_every_public_name_is_where_the_root_says() -> None:
         _ = sllm_mini.load_modle
 
 
+@pytest.mark.parametrize("package", ["sllm_mini", "sllm_mini.storage", "sllm_mini.inference", "sllm_mini.cluster"])
+def test_a_lazy_package_finds_each_of_its_names_once(package: str) -> None:
+    code = f"import {package} as p; print([n for n in p.__all__ if getattr(p, n) is None or n not in vars(p)])"
+    assert fresh(code).stdout.strip() == "[]"
+
+
 def test_importing_takes_a_few_times_as_long_as_starting_python() -> None:
     """Best of several, interleaved, in units of an empty interpreter, with room for a noisy machine (importing torch: over 50)."""
 

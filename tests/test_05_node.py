@@ -24,6 +24,7 @@ from sllm_mini.checkpoint import Checkpoint, WriteOptions, convert_checkpoint
 from sllm_mini.cluster import Instance, Node, NodeError
 from sllm_mini.errors import IntegrityError, LoadCancelled, ModelError, StoreError
 from sllm_mini.inference import Engine
+from sllm_mini.inference.overlap import WAIT_LANE
 from sllm_mini.resources import resource
 from sllm_mini.storage import Store, StoreClient
 from sllm_mini.storage.messages import Model, Residence
@@ -162,6 +163,17 @@ def test_an_instance_runs_while_its_bytes_arrive(opened: Open, server: GatedServ
     (loaded,) = [span for span in instance.spans if span.lane == "loader"]
     computed = min(span.start for span in instance.spans if span.lane == "compute")
     assert loaded.nbytes == node.store.models()[0].nbytes and loaded.start < computed < loaded.end
+
+
+def test_waiting_for_bytes_is_no_prefill(opened: Open, server: GatedServer) -> None:
+    instance = opened(f"{server.url}/tiny").start("tiny")
+    with ThreadPoolExecutor(1) as pool:
+        said = pool.submit(instance.engine.complete, PROMPT, max_new_tokens=NEW_TOKENS, stop_at_eos=False)
+        eventually(lambda: any(span.lane == "compute" for span in instance.spans))
+        server.gate.set()
+        timings = said.result(60).timings
+    waited = sum(span.seconds for span in instance.spans if span.lane == WAIT_LANE)
+    assert timings.load_seconds == pytest.approx(waited) and waited > 0
 
 
 def test_a_start_without_overlap_is_ready_and_says_what_each_rung_took(opened: Open, tiny: Checkpoint) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import importlib.util
 import os
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from command_line import Run
 
 from sllm_mini.device.fake import RecordingRuntime
 from sllm_mini.device.fake_toolkit import FAKE_IMAGE, FakeCompiler
@@ -233,6 +236,16 @@ def test_a_source_that_does_not_compile_leaves_the_lock_free(source: Path, folde
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def test_a_cache_whose_file_system_has_no_locks_is_a_note(source: Path, folders: KernelFolders, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    found = find_image(recipe_of(source), folders, FakeCompiler())
+    assert found.state == "just in time" and any("No locks available" in note for note in found.notes)
+    assert folders.cache is not None and not list(folders.cache.glob("*.kernel"))
+
+
 def test_the_folders_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("SLLM_MINI_KERNELS", raising=False)
@@ -258,3 +271,14 @@ def test_nvrtc_goes_through_all_three_states(folders: KernelFolders) -> None:
     assert [one.state for one in (first, second, third)] == ["just in time", "cached", "ahead of time"]
     assert first.data[:4] == b"\x7fELF" and b"decode_attention_merge" in first.data and first.data == second.data == third.data
     assert second.total_seconds < first.total_seconds / 3 > third.total_seconds
+
+
+def test_an_architecture_that_is_none_is_the_options_fault(run: Run, tmp_path: Path) -> None:
+    for odd in ("foo", "90", "sm_9", "compute_90", "sm_90 "):
+        ended = run("kernels", "--arch", odd, "--out", tmp_path)
+        assert ended.code == 2 and f"--arch {odd}" in ended.err and "such as sm_90" in ended.err and ".cu" not in ended.err
+    if importlib.util.find_spec("cupy") is None:
+        pytest.skip("needs cupy, which knows what NVRTC can compile for")
+    ended = run("kernels", "--arch", "sm_12", "--out", tmp_path, "--json")
+    assert ended.code == 1 and "--arch sm_12: NVRTC" in ended.error["message"] and "sm_90" in ended.error["message"] and not list(tmp_path.iterdir())
+    assert "csrc/built" in run("kernels", "--help").out

@@ -10,7 +10,7 @@ import pytest
 from command_line import Run
 
 from sllm_mini.checkpoint import Checkpoint, convert_checkpoint
-from sllm_mini.errors import FormatError
+from sllm_mini.errors import FormatError, ModelError
 from sllm_mini.inference.workers import WorkerOptions, Workers
 from sllm_mini.lab import decode, moving
 from sllm_mini.lab.decode.document import KIND as DECODE
@@ -58,13 +58,15 @@ def test_running_workers_are_used_and_left_running_and_others_refused(run: Run, 
         assert sorted(workers.names) == ["one", "two"] and {row["mode"] for row in found["results"]} == set(MODES)
         with pytest.raises(ValueError, match="something else"):
             moving.measure_moves(tiny.path, options=moving.Options(rounds=1, contexts=(20,), threads=2), workers=workers)
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ModelError, match="no room"):
         moving.measure_moves(tiny.path, options=moving.Options(contexts=(2047,)))
     for wrong in ({"rounds": 0}, {"contexts": ()}, {"contexts": (0,)}, {"modes": ()}, {"threads": 0}):
         with pytest.raises(ValueError, match="at least"):
             moving.Options(**wrong)
     ended = run("bench", "migrate", tiny.path / "nowhere", "--json")
     assert ended.code == 1 and "nowhere" in ended.error["message"]
+    ended = run("bench", "migrate", tiny.path, "--context", 5000, "--json")
+    assert ended.code == 1 and not ended.out and ended.error["type"] == "ModelError" and "a context of 5,000 tokens leaves no room" in ended.error["message"]
     assert run("bench", "migrate", tiny.path, "--context", 0).code == 2
 
 
@@ -104,10 +106,20 @@ def test_three_ways_answer_the_same_requests(run: Run, tiny: Checkpoint, tmp_pat
     rows = ended.document["results"]
     assert {row["workload"] for row in rows} == {"1 alike", "2 alike", "2 unlike"} and len(rows) == 9
     assert all(row["tokens_per_second_median"] > 0 and row["same_tokens_share"] == 1.0 for row in rows), "float32: the same tokens"
-    assert all((row["ratio_to_limit"] is None) == (row["requests"] > 1) for row in rows)
+    assert all(row["ratio_to_limit"] is None if row["requests"] > 1 else (row["ratio_to_limit"] or 0) <= 1 for row in rows)
     assert [row["ratio_to_ours_median"] for row in rows if row["variant"] == "sllm_mini"] == [1.0, 1.0, 1.0]
     with pytest.raises(FormatError, match="sllm-mini bench migrate"):
         moving.read_moves(saved)
+
+
+def test_what_cannot_answer_is_refused_before_anything_is_made(run: Run, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "model.safetensors").write_bytes(b"")
+    for name, words in (("opt-999m", "or one of gpt2, opt-125m"), ("small", "or one of gpt2, opt-125m"), (bare, "it holds no config.json")):
+        ended = run("bench", "decode", name, "--dir", tmp_path / "made", "--json")
+        assert ended.code == 1 and ended.error["type"] == "CheckpointError" and words in ended.error["message"] and "'small'" not in ended.error["message"]
+    assert not (tmp_path / "made").exists()
 
 
 def test_ratios_are_taken_round_by_round_and_options_are_checked(run: Run) -> None:
@@ -117,7 +129,9 @@ def test_ratios_are_taken_round_by_round_and_options_are_checked(run: Run) -> No
     found = assemble_decode(loads, samples, same, [0.1, 0.5, 0.2], {})  # type: ignore[arg-type]
     ours, theirs = found["results"]
     assert (theirs["ratio_to_ours_median"], theirs["ratio_to_ours_min"], theirs["ratio_to_ours_max"]) == (1.0, 0.5, 2.0)
-    assert ours["tokens_per_second_median"] == 2.0 and ours["ratio_to_limit"] == pytest.approx(0.2 * 4 / 2)
+    assert ours["tokens_per_second_median"] == 2.0 and ours["ratio_to_limit"] == pytest.approx(0.1 * 4 / 2), "a floor is the least, and no noisy read lifts it"
+    none = assemble_decode(loads, samples, same, [0.9], {})  # type: ignore[arg-type]
+    assert [row["ratio_to_limit"] for row in none["results"]] == [None, None], "what took less than the floor had another one"
     for wrong in ({"rounds": 0}, {"new_tokens": 0}, {"batches": ()}, {"batches": (0,)}):
         with pytest.raises(ValueError, match="at least"):
             decode.Options(**wrong)

@@ -11,8 +11,8 @@ import pytest
 
 from sllm_mini.checkpoint import Checkpoint, convert_checkpoint
 from sllm_mini.inference import Engine
-from sllm_mini.inference.ledger import LedgerPiece
 from sllm_mini.inference.migration import Mode, Phase, Report, Speeds
+from sllm_mini.inference.ownership.ledger import LedgerPiece
 from sllm_mini.inference.sampler import SamplingOptions
 from sllm_mini.inference.workers import WorkerOptions, Workers
 from sllm_mini.lab.moving import dying, exact, parts, plots, retry, session_view, trace_plots
@@ -152,7 +152,7 @@ def trace(mode: Mode = "kv") -> Trace:
     after = [piece(108 + n, 2, arrived=0.1 + n * 0.01) for n in range(3)]
     phases = [Phase("begin", 0.045, 0.046, 0, 300), Phase("round", 0.046, 0.06, 100, 1600), Phase("stop", 0.07, 0.071), Phase("hand over", 0.071, 0.08, 2, 332), Phase("resume", 0.08, 0.096)]
     report = Report("r", mode, "moved", "two", 2, "", phases, 0.07, 0.095)
-    return Trace(mode, 100, (*before, *after), report, 0.045, 0.05)
+    return Trace(mode, 100, (*before, *after), report, 0.045, 0.05, 0.025)
 
 
 def test_a_pause_is_the_one_that_is_drawn() -> None:

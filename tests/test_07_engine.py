@@ -149,7 +149,8 @@ def test_rows_of_one_length_need_no_mask() -> None:
     both = [engine.submit([5, 6, 7 + n], max_new_tokens=12, stop_at_eos=False) for n in range(2)]
     while engine.step():
         pass
-    assert [count for count, _ in masks] == [1, 1] + [2] * 11 and all(mask is None for _, mask in masks)
+    assert [count for count, _ in masks] == [1] + [2] * 11
+    assert masks[0][1].shape == (1, 1, 6, 6) and all(mask is None for _, mask in masks[1:])  # two prompts are one row
     for generation in both:
         same_tokens(engine.model, generation.token_ids, generation.token_ids[:3] + without_cache(engine.model, generation.token_ids[:3], 12), SamplingOptions(), "one length")
 
@@ -198,11 +199,11 @@ prompt_of = st.lists(st.integers(0, 319), min_size=1, max_size=20)
 
 def check_rows(engine: Engine) -> None:
     """A cache holds one token fewer than its sequence, and rows that decode lie at the front."""
-    owners = engine._rows
+    owners = engine._rows.owners
     assert [owner.row for owner in owners] == list(range(len(owners))) and len(engine.kv.lengths) == len(owners)
     for row, owner in enumerate(owners):
         decodes = owner.request_id in engine.requests and not engine._requests[owner.request_id].held
-        assert decodes == (row < engine._count)
+        assert decodes == (row < engine._rows.count)
         if owner.request_id in engine.requests:
             assert engine.kv_length(owner.request_id) == len(engine.session(owner.request_id).token_ids) - 1
 
@@ -390,7 +391,7 @@ def test_a_step_that_is_interrupted_after_its_pass_is_done_again(monkeypatch: py
             raise KeyboardInterrupt
         return choose_tokens(*args)
 
-    monkeypatch.setattr("sllm_mini.inference.scheduler.choose_tokens", interrupted)
+    monkeypatch.setattr("sllm_mini.inference.requests.choose_tokens", interrupted)
     generation = engine.submit([5], max_new_tokens=9, stop_at_eos=False)
     with pytest.raises(KeyboardInterrupt):
         while engine.step():

@@ -19,7 +19,7 @@ import torch
 from moving import World
 
 from sllm_mini.errors import ModelError
-from sllm_mini.inference import Engine, migration, migration_target
+from sllm_mini.inference import Engine, migration
 from sllm_mini.inference.migration import (
     MoveOptions,
     Speeds,
@@ -29,7 +29,7 @@ from sllm_mini.inference.migration import (
     recompute_seconds,
     should_hand_over,
 )
-from sllm_mini.inference.migration_messages import Report
+from sllm_mini.inference.migration.messages import Report
 from sllm_mini.inference.sampler import SamplingOptions, choose_token, draw, filter_logits
 from sllm_mini.inference.session import Session
 from sllm_mini.inference.workers import WorkerOptions, Workers
@@ -159,7 +159,7 @@ class Tally:
 @pytest.fixture(autouse=True)
 def answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests step the engines themselves, so the source must not wait for the first token."""
-    monkeypatch.setattr(migration_target, "FIRST_TOKEN_SECONDS", 0.0)
+    monkeypatch.setattr(migration.target, "FIRST_TOKEN_SECONDS", 0.0)
 
 
 def undisturbed(case: Case) -> tuple[dict[str, tuple[int, ...]], Watched]:
@@ -253,8 +253,6 @@ def tie(case: Case, session: Session, index: int, row: torch.Tensor, moved: torc
     scores = penalised(row, session, expected[:index]).float()
     noise = float((row.float() - moved.float()).abs().max())
     margin = float((scores[tokens[0]] - scores[tokens[1]]).abs())
-    if session.sampling.greedy:
-        assert margin <= 2 * max(session.sampling.repetition_penalty, 1 / session.sampling.repetition_penalty) * noise, (case, margin, noise)
     said = f"case {case.seed}, {case.dtype}, token {index} of {session.request_id}: "
     if session.sampling.greedy:
         assert margin <= 2 * max(session.sampling.repetition_penalty, 1 / session.sampling.repetition_penalty) * noise, (case, margin, noise)
@@ -349,7 +347,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_stories_move_to_and_fro_while_they_are_written(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trained model, its text and stop strings, three stories at once, every mode: as if nobody had moved them."""
-    monkeypatch.setattr(migration_target, "FIRST_TOKEN_SECONDS", 5.0)
+    monkeypatch.setattr(migration.target, "FIRST_TOKEN_SECONDS", 5.0)
     alone = Engine.load(checkpoint)
     sessions, expected = [], {}
     for number, prompt in enumerate(("Once upon a time", "The old cat", "Luna saw a")):

@@ -13,11 +13,12 @@ import pytest
 from fake_engine import FakeEngine, whole_text
 
 from sllm_mini.errors import ModelError, WireError
-from sllm_mini.inference.feed import TokenFeed
-from sllm_mini.inference.ledger import TokenLedger
-from sllm_mini.inference.ownership import EpochRegister
-from sllm_mini.inference.ownership_messages import MAX_TOKENS, Answer, Owner, Request, Token
-from sllm_mini.inference.ownership_server import OwnershipClient, OwnershipServer
+from sllm_mini.inference.ownership import server
+from sllm_mini.inference.ownership.feed import TokenFeed
+from sllm_mini.inference.ownership.ledger import MAX_RESTARTS, TokenLedger
+from sllm_mini.inference.ownership.messages import MAX_TOKENS, Answer, Owner, Request, Token
+from sllm_mini.inference.ownership.register import EpochRegister
+from sllm_mini.inference.ownership.server import OwnershipClient, OwnershipServer
 from sllm_mini.inference.sampler import SamplingOptions
 from sllm_mini.inference.session import Session
 from sllm_mini.types import Epoch
@@ -48,7 +49,7 @@ def asked(request: pytest.FixtureRequest, both: tuple[EpochRegister, TokenLedger
     if request.param == "in memory":
         yield type("Both", (), {"owner": register.owner, "claim": register.claim, "release": register.release, "deliver": ledger.deliver, "give_up": ledger.give_up})
         return
-    with OwnershipServer(register, ledger, tmp_path / "arbiter") as server, OwnershipClient(server.address) as client:
+    with OwnershipServer(register, ledger, tmp_path / "arbiter") as arbiter, OwnershipClient(arbiter.address) as client:
         yield client
 
 
@@ -94,11 +95,11 @@ def test_the_dead_claim_nothing(both: tuple[EpochRegister, TokenLedger]) -> None
     register, _ = both
     register.claim("another", "one", 0)
     register.claim("third", "two", 0)
-    assert register.retire("one") == ("story", "another")
+    assert register.retire("one") == {"story": 1, "another": 1}
     assert register.claim("third", "one", 1) is None and register.owner("story") == ("one", 1)
     assert register.claim("story", "two", 1) == 2
     register.forget("story")
-    assert register.owner("story") == (None, 0) and register.retire("two") == ("third",)
+    assert register.owner("story") == (None, 0) and register.retire("two") == {"third": 1}
 
 
 # --- the ledger ---------------------------------------------------------------------------------------------------------
@@ -186,6 +187,27 @@ def test_a_request_begins_again_from_any_token(both: tuple[EpochRegister, TokenL
         assert ledger.restart("story", "three", 1) is None and ledger.restart("story", "three", 2) is None, "its text has ended"
 
 
+def test_a_request_that_never_gets_on_is_begun_again_a_few_times_only(both: tuple[EpochRegister, TokenLedger]) -> None:
+    register, ledger = both
+    for position in range(3, 6):  # a token in between, and the count begins anew
+        for _ in range(MAX_RESTARTS):
+            epoch = register.owner("story").epoch
+            assert ledger.restart("story", "another", epoch) is not None
+            assert ledger.restart("story", "third", epoch) is None, "who comes too late counts for nothing"
+        assert ledger.accept(token(position, epoch=register.owner("story").epoch)) == "taken"
+    for _ in range(MAX_RESTARTS):
+        assert ledger.restart("story", "another", register.owner("story").epoch) is not None
+    assert ledger.restart("story", "another", register.owner("story").epoch) is None
+    with pytest.raises(ModelError, match="begun again 2 times and gave no token"):
+        list(ledger.stream("story"))
+
+
+def test_a_closed_request_is_not_begun_again(both: tuple[EpochRegister, TokenLedger]) -> None:
+    register, ledger = both
+    ledger.close("story")
+    assert ledger.restart("story", "two", 0) is None and register.owner("story") == (None, 0)
+
+
 def test_streams_wait_and_end_and_say_why(both: tuple[EpochRegister, TokenLedger]) -> None:
     register, ledger = both
     with pytest.raises(TimeoutError, match="its owner is one"):
@@ -237,27 +259,42 @@ def test_an_arbiter_that_goes_is_an_error_and_one_that_comes_back_is_found(both:
 
 def test_a_claim_whose_answer_is_lost_is_made_once(both: tuple[EpochRegister, TokenLedger], tmp_path: Path) -> None:
     register, ledger = both
-    with OwnershipServer(register, ledger, tmp_path / "arbiter") as server:
+    with OwnershipServer(register, ledger, tmp_path / "arbiter") as arbiter:
         answered: list[int] = []
         honest = OwnershipServer._answer
 
         def losing(request: Any) -> Any:
-            answer = honest(server, request)
+            answer = honest(arbiter, request)
             answered.append(1)
             if len(answered) == 1:
                 raise WireError("the answer is lost, with the connection")
             return answer
 
-        server._answer = losing  # type: ignore[method-assign]
-        with OwnershipClient(server.address) as client:
+        arbiter._answer = losing  # type: ignore[method-assign]
+        with OwnershipClient(arbiter.address) as client:
             assert client.claim("story", "two", 1) == 2
         assert len(answered) == 2 and register.owner("story") == ("two", 2)
 
 
+def test_an_arbiter_that_is_silent_is_asked_a_fixed_number_of_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "ANSWER_SECONDS", 0.1)
+    heard: list[object] = []
+
+    def talk(channel: Channel[Owner]) -> None:
+        while True:
+            heard.append(channel.receive().message)
+
+    connections: Connections[Owner] = Connections(tmp_path / "socket", Request, talk, name="silent")
+    with OwnershipClient(connections.address) as client, pytest.raises(WireError, match="in time"):
+        client.owner("story")
+    connections.close()
+    assert heard == [Owner("story")] * server.TRIES
+
+
 def test_a_client_that_talks_nonsense_is_hung_up_on_and_the_others_are_served(both: tuple[EpochRegister, TokenLedger], tmp_path: Path) -> None:
     register, ledger = both
-    with OwnershipServer(register, ledger, tmp_path / "arbiter") as server, OwnershipClient(server.address) as client:
-        with connect(server.address) as sock:
+    with OwnershipServer(register, ledger, tmp_path / "arbiter") as arbiter, OwnershipClient(arbiter.address) as client:
+        with connect(arbiter.address) as sock:
             sock.sendall(b"GET / HTTP/1.1\r\n\r\n\r\n\r\n")
             with suppress(ConnectionResetError):  # closed, with some of it unread
                 assert sock.recv(10) == b""
@@ -290,7 +327,44 @@ def test_a_feed_whose_ledger_is_gone_drops_everything() -> None:
     with TokenFeed(engine, Gone()) as feed:  # type: ignore[arg-type]
         feed.adopt(story("a"), Epoch(1))
         feed.adopt(story("b"), Epoch(1))
+        assert feed.error is None
         engine.step()
         with pytest.raises(WireError, match="router is gone"):
             feed.flush("a", 5)
+        assert "router is gone" in str(feed.error)
     assert engine.requests == ()
+    with TokenFeed(engine, Gone()) as feed:  # type: ignore[arg-type]
+        feed.adopt(story("c"), Epoch(1))
+        engine.drop("c")  # its engine ended it, and that cannot be told either
+        feed.report_failures()
+        assert "router is gone" in str(feed.error)
+
+
+def test_an_order_that_was_overtaken_is_refused(both: tuple[EpochRegister, TokenLedger]) -> None:
+    register, ledger = both
+    early, late = ledger.restart("story", "two", 1), ledger.restart("story", "two", 2)
+    assert early is not None and late is not None
+    engine = FakeEngine()
+    with TokenFeed(engine, ledger) as feed:  # type: ignore[arg-type]
+        feed.adopt(*late)
+        with pytest.raises(ModelError, match="epoch 3 already"):
+            feed.adopt(*early)
+        while engine.step():
+            pass
+    assert ledger.finish("story") == "length" and register.owner("story") == ("two", 3)
+
+
+def test_a_request_that_begins_again_meanwhile_is_no_failure(both: tuple[EpochRegister, TokenLedger], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was away when the running ones were counted, and is back when its end would be told."""
+    _, ledger = both
+    engine = FakeEngine()
+    with TokenFeed(engine, ledger) as feed:  # type: ignore[arg-type]
+        feed.adopt(story(), Epoch(1))
+        looks = iter([()])
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeEngine, "requests", property(lambda self: next(looks, tuple(self._all))))
+            feed.report_failures()
+        assert feed.epoch("story") == 1
+        while engine.step():
+            pass
+    assert ledger.finish("story") == "length" and len(list(ledger.stream("story"))) == 30

@@ -6,6 +6,7 @@ computed again, tokens are equal unless the two best differ by less than EPSILON
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -108,17 +109,20 @@ def with_field(name: str, value: Any) -> bytes:
         (with_field("token_ids", "text"), "cannot be read"),
         (with_field("prompt_length", 4), "prompt has 4 of its 3 tokens"),
         (with_field("prompt_length", 0), "prompt has 0 of its 3 tokens"),
-        (with_field("max_new_tokens", 0), "1 new tokens of at most 0"),
-        (with_field("stop", [""]), "a stop string of the session is empty"),
-        (with_field("request_id", ""), "no request_id"),
+        (with_field("max_new_tokens", 0), "the session is of no request: max_new_tokens is 0; it must be at least 1"),
+        (with_field("stop", [""]), "a stop string is empty"),
+        (with_field("request_id", ""), "request_id is ''; it must be a text of 1 to 256 characters"),
         (with_field("elapsed_seconds", math.nan), "cannot be read"),
         (with_field("elapsed_seconds", math.inf), "not a number of seconds"),
         (with_field("surprise", 1), "unknown field `surprise`"),
         (with_field("sampling", {"type": "_Sampling", "temperature": -1.0, "top_k": 0, "top_p": 1.0, "seed": 0, "repetition_penalty": 1.0}), "temperature is -1.0"),
         (PLAIN.to_bytes() + b"\x00", "cannot be read"),
+        ("abc", "is of type str; give what Session.to_bytes wrote"),
+        (None, "is of type NoneType"),
+        (7, "is of type int"),
     ],
 )
-def test_odd_bytes_are_refused(raw: bytes, message: str) -> None:
+def test_odd_bytes_are_refused(raw: Any, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         Session.from_bytes(raw)
 
@@ -127,15 +131,65 @@ def test_what_no_request_can_be_in_is_refused() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"version": 2}, "version 2"),
         ({"token_ids": ()}, "prompt has 2 of its 0 tokens"),
-        ({"max_new_tokens": 0}, "limit must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"token_ids": (5, 6, 7, 8), "max_new_tokens": 1}, "2 new tokens of at most 1"),
         ({"elapsed_seconds": -1.0}, "not a number of seconds"),
     ]
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):
             replace(PLAIN, **changes)
-    for bad in (replace(PLAIN, token_ids=(5, 6, 2**40)), replace(PLAIN, stop=("\ud800",)), replace(PLAIN, request_id="a" * 300)):
+    for bad in (replace(PLAIN, token_ids=(5, 6, 2**40)), replace(PLAIN, held_text="\ud800"), replace(PLAIN, model="a" * 300)):
         with pytest.raises(ValueError, match="cannot be written"):
             bad.to_bytes()
+
+
+ODD: list[tuple[dict[str, Any], str]] = [
+    ({"sampling": None}, "sampling is None; it must be a SamplingOptions"),
+    ({"sampling": {"temperature": 1.0}}, "sampling is {'temperature': 1.0}; it must be"),
+    ({"max_new_tokens": 2.5}, r"max_new_tokens is 2\.5; it must be at least 1, and a whole number"),
+    ({"max_new_tokens": "9"}, "max_new_tokens is '9'"),
+    ({"max_new_tokens": 2**41}, "max_new_tokens is 2199023255552"),
+    ({"request_id": 5}, "request_id is 5; it must be a text of 1 to 256 characters"),
+    ({"request_id": "a" * 300}, "request_id is 'aaa.*; it must be"),
+    ({"request_id": "\ud800"}, "request_id is .* in valid Unicode"),
+    ({"stop": ("b" * 70_000,)}, "a stop string is 'bbb.*65,536 characters"),
+    ({"stop": (5,)}, "a stop string is 5"),
+    ({"stop_at_eos": 1}, "stop_at_eos is 1; it must be True or False"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ODD, ids=lambda value: ", ".join(value) if isinstance(value, dict) else "")
+def test_what_a_session_could_not_hold_is_refused_before_it_runs(changes: dict[str, Any], message: str) -> None:
+    """By the session, and by the engine before it reaches the batch: its neighbour there goes on as if it had never come."""
+    with pytest.raises(ValueError, match=f"^the session is of no request: {message}"):
+        replace(PLAIN, **changes)
+    engine = Engine(tiny("Llama"))
+    alone = engine.generate([5, 6, 7], max_new_tokens=5, stop_at_eos=False)
+    expected = [piece.token_id for piece in alone]
+    neighbour = engine.generate([5, 6, 7], max_new_tokens=5, stop_at_eos=False)
+    next(neighbour)
+    for ask in (engine.generate, engine.submit):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            ask([5, 6], **changes)
+    assert [piece.token_id for piece in neighbour] == expected[1:] and neighbour.finish == "length"
+
+
+def test_a_prompt_is_no_bytes_and_one_that_is_too_long_gets_one_sentence_of_ours() -> None:
+    tokenizer = copy.deepcopy(tokenizer_of("byte_level"))
+    tokenizer.model_max_length = 50
+    engine = Engine(tiny("Llama"), tokenizer)
+    for raw in (b"abc", bytearray(b"abc"), memoryview(b"abc")):
+        with pytest.raises(ModelError, match="these are bytes: decode them to a text first"):
+            engine.generate(raw)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="but this model's context is"):
+        engine.generate("word " * 5000)
+    assert not tokenizer.deprecation_warnings, "transformers warned of indexing errors that cannot happen"
+
+
+def test_options_that_no_message_holds_are_refused() -> None:
+    for changes in ({"temperature": None}, {"temperature": "1"}, {"top_p": True}, {"top_k": True}, {"top_k": 2**41}, {"seed": 1.0}, {"repetition_penalty": "2"}):
+        with pytest.raises(ValueError, match=f"^{next(iter(changes))} is "):
+            SamplingOptions(**changes)
 
 
 # --- going on elsewhere --------------------------------------------------------------------------------------------

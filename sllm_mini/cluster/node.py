@@ -92,7 +92,7 @@ class Node:
             loading: Any = load  # it has what stream_model asks for, most of it the attachment's own
             streamed = stream_model(loading, recorder=recorder)
             with recorder.span("engine", warmth=Warmth.READY):
-                engine = Engine(streamed.model, tokenizer, name=load.checkpoint.digest)
+                engine = Engine(streamed.model, tokenizer, name=load.checkpoint.digest, recorder=recorder)
             instance = Instance(instance_id, model, device, engine, streamed, load, recorder, self._forget)
             if not overlap:
                 with recorder.span("wait for bytes", warmth=Warmth.DEVICE):

@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -224,19 +224,18 @@ def _read(path: Path, digest: str, version: str | None, notes: list[str]) -> byt
 @contextmanager
 def _locked(path: Path, clock: _Clock, notes: list[str]) -> Iterator[bool]:
     """Holds the lock beside `path`, waiting for whoever holds it; the kernel of the system gives it back when a process
-    dies. False, and a note, where the folder cannot be written."""
-    try:
-        with clock.span("lock"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path.with_suffix(".lock"), "wb")  # noqa: SIM115 - closed below, and with it unlocked
-    except OSError as error:
-        notes.append(f"the kernel was not cached: {error}")
-        yield False
-        return
-    with file:
-        with clock.span("lock"):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield True
+    dies. False, and a note, where the folder cannot be written or its file system has no locks."""
+    locked = False
+    with ExitStack() as until:
+        try:
+            with clock.span("lock"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = until.enter_context(open(path.with_suffix(".lock"), "wb"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+                locked = True
+        except OSError as error:
+            notes.append(f"the kernel was not cached: {error}")
+        yield locked
 
 
 def _digest(*parts: str) -> str:

@@ -1,18 +1,18 @@
 """Bytes become text: the engine that runs a transformers decoder model token by token and streams what it says.
 
 One module per noun: `sampler` chooses a token, `text` turns tokens into text as they come and `stopping` ends it,
-`runner` computes logits, `kv` keeps keys and values, `scheduler` steps all `requests` together, `session` is the state
-of one, `movable` lets it leave and come, `engine` ties them to prompts. `overlap` lets layers run while later ones are
-still being loaded, `lora` swaps adapters on a resident model. `migration` moves a request to another engine while its
-text is read, `ownership` says whose it is, `ledger` what its reader has, `workers` runs engines in processes.
+`runner` computes logits, `masks` keep texts in one pass apart, `kv` keeps keys and values, `rows` says whose they are,
+`scheduler` steps all `requests` together, `session` is the state of one, `movable` lets it leave and come, `engine` ties
+them to prompts. `overlap` lets layers run while later ones are still being loaded, `lora` swaps adapters on a resident
+model. Three packages let requests move: `migration` takes one to another engine while its text is read, `ownership` says
+whose it is and what its reader has, `workers` runs engines in processes.
 Importing this package costs nothing; torch and transformers are imported when an engine first needs them. Taught in
 chapters 00, 04 and 07.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from sllm_mini.lazy import lazy_names
 
 _HOMES = {
     "Adapter": "lora",
@@ -22,23 +22,23 @@ _HOMES = {
     "Engine": "engine",
     "EpochRegister": "ownership",
     "Generation": "requests",
-    "MigrationServer": "migration_target",
-    "MoveOptions": "migration_source",
-    "OwnershipClient": "ownership_server",
-    "OwnershipServer": "ownership_server",
+    "MigrationServer": "migration",
+    "MoveOptions": "migration",
+    "OwnershipClient": "ownership",
+    "OwnershipServer": "ownership",
     "Piece": "requests",
     "Runner": "runner",
     "SamplingOptions": "sampler",
     "Session": "session",
-    "Speeds": "migration_choice",
+    "Speeds": "migration",
     "StreamedModel": "overlap",
     "TextDecoder": "text",
     "Timings": "session",
-    "TokenFeed": "feed",
-    "TokenLedger": "ledger",
+    "TokenFeed": "ownership",
+    "TokenLedger": "ownership",
     "WorkerOptions": "workers",
     "Workers": "workers",
-    "choose_mode": "migration_choice",
+    "choose_mode": "migration",
     "load_tokenizer": "text",
     "migrate": "migration",
     "next_runnable_layer": "overlap",
@@ -46,11 +46,4 @@ _HOMES = {
     "stream_model": "overlap",
 }
 __all__ = [*_HOMES]  # noqa: PLE0604 - the table above is the one list
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'sllm_mini.inference' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOMES)

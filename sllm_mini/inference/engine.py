@@ -22,7 +22,7 @@ from sllm_mini.inference.movable import Movable
 from sllm_mini.inference.overlap import WAIT_LANE, StreamedModel, stream_model
 from sllm_mini.inference.requests import Completion, Generation, OnPiece, Request
 from sllm_mini.inference.sampler import SamplingOptions
-from sllm_mini.inference.session import Session
+from sllm_mini.inference.session import Session, request_problem
 from sllm_mini.inference.stopping import TextStream
 from sllm_mini.inference.text import TextDecoder, load_tokenizer
 from sllm_mini.types import SpanRecorder, Warmth
@@ -34,16 +34,27 @@ class Engine(Movable):
     """A model, with its tokenizer if it has one, ready to answer prompts, several at a time.
 
     `name` says whose weights these are. `streamed` is the load that an engine with overlap began with, None for any
-    other. Raises ModelError for a model it cannot run exactly (see `Runner`). Safe from several threads: they take
+    other; `recorder` is what that load writes its waits into, so that a request's timings tell them from its prefill. Raises ModelError for a model it cannot run exactly (see `Runner`). Safe from several threads: they take
     turns, and every step serves all requests; at most `max_batch` of them decode together, others wait. With
     `decode_kernel` decode steps attend by our own CUDA kernel instead of torch's (see `attention`): UnsupportedError
     where there is no GPU or no kernel for the model.
     """
 
-    def __init__(self, model: Any, tokenizer: Any | None = None, *, max_batch: int = 8, name: str = "", decode_kernel: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any | None = None,
+        *,
+        max_batch: int = 8,
+        name: str = "",
+        decode_kernel: bool = False,
+        recorder: SpanRecorder | None = None,
+    ) -> None:
         super().__init__(model, max_batch, name, None if tokenizer is None else TextDecoder(tokenizer))
         if decode_kernel:
             self.runner.use_decode_kernel(get_device(self.runner.device))
+        if recorder is not None:
+            self._wait_clock = lambda: sum(span.seconds for span in list(recorder.spans) if span.lane == WAIT_LANE)
         self.tokenizer = tokenizer
         self.streamed: StreamedModel | None = None
 
@@ -82,12 +93,11 @@ class Engine(Movable):
         loading = start_load(checkpoint, device, verify=verify, recorder=recorder)
         try:
             streamed = stream_model(loading, recorder=recorder)
-            engine = cls(streamed.model, tokenizer, max_batch=max_batch, name=name, decode_kernel=decode_kernel)
+            engine = cls(streamed.model, tokenizer, max_batch=max_batch, name=name, decode_kernel=decode_kernel, recorder=recorder)
         except BaseException:
             loading.cancel()
             raise
         engine.streamed = streamed
-        engine._wait_clock = lambda: sum(span.seconds for span in list(recorder.spans) if span.lane == WAIT_LANE)
         return engine
 
     @property
@@ -97,13 +107,16 @@ class Engine(Movable):
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids of a prompt; an empty one becomes the model's beginning-of-text token.
 
-        Raises ModelError for text without a tokenizer, ids that are not whole numbers, or an empty prompt where the
-        model names no such token.
+        Raises ModelError for text without a tokenizer, bytes, ids that are not whole numbers, or an empty prompt where
+        the model names no such token.
         """
+        if isinstance(prompt, bytes | bytearray | memoryview):
+            raise ModelError("a prompt is a text or a sequence of token ids; these are bytes: decode them to a text first")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ModelError("this model came without a tokenizer; give the prompt as token ids")
-            token_ids = [int(token_id) for token_id in self.tokenizer(prompt)["input_ids"]]
+            # Not verbose: of a text that is too long our own check tells, which knows the model's limit and what to do.
+            token_ids = [int(token_id) for token_id in self.tokenizer(prompt, verbose=False)["input_ids"]]
         else:
             try:
                 token_ids = [operator.index(token_id) for token_id in prompt]
@@ -132,20 +145,23 @@ class Engine(Movable):
         steps. Ends with the model's end-of-text token (given as the last piece), before a `stop` string, or after
         `max_new_tokens`. Of the model's generation settings only its end and beginning tokens count. `on_piece` gets
         every piece on the thread that steps; what it raises ends the request. Raises ModelError for a prompt the model
-        cannot take, ValueError for a bad limit, an empty stop string or a `request_id` that is taken.
+        cannot take, ValueError for a bad limit, sampling that is no SamplingOptions, an empty stop string or a `request_id`
+        that is taken or too long: none of them reaches the batch.
         """
         requested = time.perf_counter()
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        request_id = uuid.uuid4().hex if request_id is None else request_id
+        if not isinstance(stop, str | Sequence):
+            raise ValueError(f"stop is {stop!r:.60}; it must be a text or several, or be left out")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(stops):
-            raise ValueError("a stop string is empty; give at least one character, or leave it out")
+        problem = request_problem(request_id, max_new_tokens, sampling, stops, stop_at_eos)
+        if problem:
+            raise ValueError(problem)
         if stops and self._decoder is None:
             raise ModelError("this model came without a tokenizer, so there is no text to find a stop string in; leave the stop strings out")
         prompt_ids = self.encode(prompt)
         self.runner.check_prompt(prompt_ids, max_new_tokens)
         session = Session(
-            request_id=uuid.uuid4().hex if request_id is None else request_id,
+            request_id=request_id,
             model=self.name,
             token_ids=tuple(prompt_ids),
             prompt_length=len(prompt_ids),

@@ -27,6 +27,7 @@ class _Pass:
         self.row, self.count, self.past = 0, 1, 0
         self.index: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None
+        self.packed = False
         self.slots, self.capacity = 0, 0
 
 
@@ -60,6 +61,11 @@ class SlotLayer(DynamicLayer):
             self.resize(self._pass.slots, self._pass.capacity, 0, 0)
         here = self._pass
         ntokens = key_states.shape[-2]
+        if here.packed:
+            self.keys[here.rows, :, here.index] = key_states[0].transpose(0, 1)
+            self.values[here.rows, :, here.index] = value_states[0].transpose(0, 1)
+            self.length = ntokens
+            return key_states, value_states
         keys, values = self.keys.narrow(0, here.row, here.count), self.values.narrow(0, here.row, here.count)
         end = here.past + ntokens
         if here.index is None:
@@ -87,12 +93,12 @@ class SlotLayer(DynamicLayer):
         """New storage; the first `tokens` of the first `rows` are kept. Zeroed: masked memory must hold finite numbers."""
         if self._like is None:
             return
-        held = self.tensors()
-        self.keys, self.values = (like.new_zeros((slots, like.shape[1], capacity, like.shape[3])) for like in self._like)
-        self.is_initialized = True
-        for new, old in zip(self.tensors(), held, strict=False):
+        keys, values = (like.new_zeros((slots, like.shape[1], capacity, like.shape[3])) for like in self._like)
+        for new, old in zip((keys, values), self.tensors(), strict=False):
             kept = min(rows, old.shape[0])
             new[:kept, :, :tokens] = old[:kept, :, :tokens]
+        self.keys, self.values = keys, values  # last, so that an interruption loses nothing
+        self.is_initialized = True
 
     def free(self) -> None:
         if self.is_initialized:
@@ -157,14 +163,18 @@ class SlotCache(Cache):
         self.lengths.append(0)
         return row
 
-    def pop_row(self, *, clean: bool = False) -> None:
-        """Gives the last row back. With `clean` its memory is zeroed: it may hold numbers that are not finite, which would
-        spoil a shorter row that comes to lie there. Without rows, memory goes back too, but for what `keep` asked for."""
-        row = len(self.lengths) - 1
+    def empty_row(self, row: int, *, clean: bool) -> None:
+        """Forgets what a row holds. With `clean` its memory is zeroed: it may hold numbers that are not finite, which would
+        spoil a shorter row that comes to lie there."""
         with torch.inference_mode():
             for layer in self._layers if clean else ():
                 for held in layer.tensors():
                     held[row].zero_()
+        self.lengths[row] = 0
+
+    def pop_row(self, *, clean: bool = False) -> None:
+        """Gives the last row back; `clean` as for `empty_row`. Without rows, memory goes back too, but for what `keep` asked for."""
+        self.empty_row(len(self.lengths) - 1, clean=clean)
         self.lengths.pop()
         if not self.lengths and self._reserved == (0, 0):
             self.slots = self.capacity = 0
@@ -172,7 +182,7 @@ class SlotCache(Cache):
                 layer.free()
 
     def swap_rows(self, one: int, other: int) -> None:
-        """Exchanges two rows; copies what each of them holds."""
+        """Exchanges two rows; copies what each of them holds, and zeroes what the longer one leaves behind it."""
         if one == other:
             return
         a, b = self.lengths[one], self.lengths[other]
@@ -181,7 +191,9 @@ class SlotCache(Cache):
                 for held in layer.tensors():
                     kept = held[one, :, :a].clone()
                     held[one, :, :b] = held[other, :, :b]
+                    held[one, :, b:a] = 0
                     held[other, :, :a] = kept
+                    held[other, :, a:b] = 0
         self.lengths[one], self.lengths[other] = b, a
 
     # --- passes -----------------------------------------------------------------------------------------------------
@@ -193,9 +205,19 @@ class SlotCache(Cache):
         self._reserve(0, past + ntokens)
         here = self._pass
         here.row, here.count, here.past, here.rows, here.index = row, count, past, rows, index
-        here.slots, here.capacity = self.slots, self.capacity
+        here.packed, here.slots, here.capacity = False, self.slots, self.capacity
         for layer in self._layers:
             layer.length = past
+
+    def start_packed(self, lengths: Sequence[int], rows: torch.Tensor, index: torch.Tensor) -> None:
+        """The next pass brings whole prompts, one after the other, to empty rows: its token i is written to `rows[i]` at
+        `index[i]` (int64 `[sum(lengths)]`). They attend to what the pass itself brings."""
+        self._reserve(0, max(lengths))
+        here = self._pass
+        here.row, here.count, here.past, here.rows, here.index = 0, 1, 0, rows, index
+        here.packed, here.slots, here.capacity = True, self.slots, self.capacity
+        for layer in self._layers:
+            layer.length = 0
 
     def end_pass(self, row: int, count: int, ntokens: int) -> None:
         """The pass went well: the tokens count."""

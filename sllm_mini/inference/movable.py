@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from sllm_mini.errors import ModelError
 from sllm_mini.inference.requests import Finish, Generation, OnPiece, Request, starts_with
-from sllm_mini.inference.scheduler import Guest, Scheduler, row_of
+from sllm_mini.inference.rows import Guest, row_of
+from sllm_mini.inference.scheduler import Scheduler
 from sllm_mini.inference.session import Session
 from sllm_mini.inference.stopping import TextStream
 from sllm_mini.inference.text import TextDecoder
@@ -62,7 +63,7 @@ class Movable(Scheduler):
             if request.row is None:
                 self._waiting.remove(request)
             else:
-                self._leave(request)
+                self._rows.leave(request)
 
     def release(self, request_id: str) -> None:
         """Lets it go on after `hold`; does nothing if it is not on hold."""
@@ -74,7 +75,7 @@ class Movable(Scheduler):
             if request.row is None:
                 self._waiting.append(request)
             else:
-                self._join(request)
+                self._rows.join(request)
         self._announce()
 
     def drop(self, request_id: str, finish: Finish = "cancelled") -> bool:
@@ -82,7 +83,7 @@ class Movable(Scheduler):
         with self._turns:
             guest = self._guests.pop(request_id, None)
             if guest is not None:
-                self._remove(guest[0], clean=True)
+                self._rows.remove(guest[0], clean=True)
                 self._announce()
                 return True
             request = self._requests.get(request_id)
@@ -119,7 +120,8 @@ class Movable(Scheduler):
                 return self.kv.lengths[row_of(self._guests[request_id][0])]
             request = self._request(request_id)
             self._complete(request)
-            return 0 if request.row is None else self.kv.lengths[request.row]
+            # A pass after which the request got no token has left its row one longer.
+            return 0 if request.row is None else min(self.kv.lengths[request.row], len(request.token_ids) - 1)
 
     def _complete(self, request: Request) -> None:
         """Computes what the row of a late request lacks, so that it is like any other."""
@@ -130,7 +132,7 @@ class Movable(Scheduler):
             ids = request.token_ids[self.kv.lengths[row] : -1]
             self.runner.extend(self.kv, row, torch.tensor([ids], device=self.runner.device))
             request.late = False
-            self._join(request)
+            self._rows.join(request)
 
     def read_kv(self, request_id: str, start: int, stop: int) -> torch.Tensor:
         """The bytes of tokens `[start, stop)`, uint8 on the CPU, contiguous: `[token][layer][key|value][kv_head][head_dim]`, so
@@ -155,7 +157,7 @@ class Movable(Scheduler):
             self._learn()
             self._room(session.request_id)
             guest = Guest(session.request_id)
-            self._add(guest)
+            self._rows.add(guest)
             self._guests[session.request_id] = guest, session, text
 
     def absorb(self, request_id: str, token_ids: Sequence[int]) -> None:
@@ -238,10 +240,10 @@ class Movable(Scheduler):
         self.kv.lengths[row] = min(self.kv.lengths[row], len(session.token_ids) - 1)
         request.late = self.kv.lengths[row] < len(session.token_ids) - 1
         self._guests.pop(session.request_id)
-        self._rows[row], request.row = request, row
+        self._rows.replace(guest, request)
         self._requests[session.request_id] = request
         if not request.late:
-            self._join(request)
+            self._rows.join(request)
         self._announce()
         return Generation(self, request)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from sllm_mini.inference.sampler import SamplingOptions
+from sllm_mini.inference.sampler import SamplingOptions, choose_tokens, penalise, seen_tokens
 from sllm_mini.inference.session import Session, Timings
 from sllm_mini.inference.stopping import TextStream
 
@@ -113,6 +113,23 @@ class Request:
         if position == self.prompt_length:
             self.first_token_seconds = seconds
         return Piece(token_id, text, seconds, position)
+
+
+def next_tokens(requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
+    """The next token of each, int64 `[requests]` on the device of `logits` `[requests, vocabulary]`; see `choose_token`."""
+    import torch
+
+    if any(request.sampling.repetition_penalty != 1 for request in requests):
+        rows = []
+        for request, row in zip(requests, logits, strict=True):
+            penalty = request.sampling.repetition_penalty
+            if penalty != 1:
+                if request.seen is None:
+                    request.seen = seen_tokens(request.token_ids, row.shape[0], row.device)
+                row = penalise(row, request.seen, penalty)
+            rows.append(row.float())
+        logits = torch.stack(rows)
+    return choose_tokens(logits, [request.sampling for request in requests], [len(request.token_ids) for request in requests])
 
 
 class Driver(Protocol):

@@ -11,9 +11,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from sllm_mini.errors import ModelError
+from sllm_mini.inference.masks import Masks
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +53,7 @@ class Runner:
         self.bos_id = next(iter(_as_ids(getattr(generation, "bos_token_id", None))), None)
         self.dtype: torch.dtype = embedding.weight.dtype
         self._attention: DecodeAttention | None = None
-        self._kinds = self._mask_kinds()
+        self._masks = Masks(model, self.windows, self.dtype)
         self._can_batch: bool | None = None
         self._positions: torch.Tensor | None = None
         self._cache_proven = False
@@ -62,7 +64,7 @@ class Runner:
         from sllm_mini.inference.attention import use_decode_attention
 
         self._attention = use_decode_attention(self.model, device)
-        self._kinds, self._can_batch = self._mask_kinds(), None
+        self._masks, self._can_batch = Masks(self.model, self.windows, self.dtype, own_attention=True), None
 
     @property
     def name(self) -> str:
@@ -169,10 +171,30 @@ class Runner:
                 counting = self._upto(max(longest + 1, count))
                 cache.start_pass(0, count, 1, counting[0, :count], index)
                 positions = index.unsqueeze(1)
-                mask = self._masks(counting[:, : longest + 1], positions)
+                mask = self._masks.of(counting[:, None, None, : longest + 1], positions[:, None, None])
             with self._attending(positions, longest + 1):
                 logits = self._forward(token_ids, cache, positions, longest + 1, mask)
         cache.end_pass(0, count, 1)
+        return logits
+
+    def prefill(self, cache: SlotCache, row: int, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Several prompts in one pass, one after the other without padding: logits `[prompts, vocabulary]`, and their tokens
+        in the empty rows from `row` on. Costs one read of the weights where each alone would cost its own, and a mask of
+        as many tokens squared. Each prompt attends to itself only; use it only if `can_batch`."""
+        import torch
+
+        lengths = [len(prompt) for prompt in prompts]
+        with torch.inference_mode():
+            token_ids = torch.tensor(list(chain.from_iterable(prompts)))
+            owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+            ends = torch.tensor(lengths).cumsum(0)
+            places = torch.cat([torch.arange(length) for length in lengths])
+            ids, rows, positions = torch.stack([token_ids, row + owners, places]).to(self.device)  # one copy to the device
+            cache.start_packed(lengths, rows, positions)
+            mask = self._masks.of(positions[None, None, None, :], positions[None, None, :, None], (rows == rows[:, None])[None, None])
+            logits = self._forward(ids[None], cache, positions[None], len(ids), mask, (ends - 1).to(self.device))
+        for filled, length in enumerate(lengths, row):
+            cache.end_pass(filled, 1, length)
         return logits
 
     def _attending(self, positions: torch.Tensor, longest: int) -> AbstractContextManager[None]:
@@ -193,7 +215,8 @@ class Runner:
             self._positions = torch.arange(max(2 * length, 256), device=self.device).unsqueeze(0)
         return self._positions[:, :length]
 
-    def _forward(self, token_ids: torch.Tensor, cache: Any, positions: torch.Tensor, length: int, mask: Any) -> torch.Tensor:
+    def _forward(self, token_ids: torch.Tensor, cache: Any, positions: torch.Tensor, length: int, mask: Any, ends: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits after the last token of each row, or after those of the one row that `ends` (int64, on the device) names."""
         kwargs: dict[str, Any] = {"input_ids": token_ids, "past_key_values": cache, "use_cache": True, "return_dict": True}
         if "position_ids" in self._parameters:
             kwargs["position_ids"] = positions
@@ -203,8 +226,12 @@ class Runner:
             # Of several tokens, the last one by its index: the number 1 would be a slice that keeps the strides of
             # the whole, for which torch (2.13, on a CPU) copies the head's weights before it multiplies with them.
             n = token_ids.shape[1]
-            kwargs["logits_to_keep"] = 1 if n == 1 else self._upto(n)[0, n - 1 :]
-        logits: torch.Tensor = self.model(**kwargs).logits[:, -1]
+            kwargs["logits_to_keep"] = ends if ends is not None else 1 if n == 1 else self._upto(n)[0, n - 1 :]
+        found = self.model(**kwargs).logits
+        if ends is None:
+            logits: torch.Tensor = found[:, -1]
+        else:
+            logits = found[0] if found.shape[1] == len(ends) else found[0, ends]
         if not self._cache_proven:
             if cache.get_seq_length() != length:
                 raise self._refuse("it does not keep its keys and values in the cache it is given")
@@ -215,56 +242,37 @@ class Runner:
 
     @property
     def can_batch(self) -> bool:
-        """Whether rows of unlike lengths can decode in one pass. The first look costs four short passes: a trial of two
-        rows against each alone. Where not (ALiBi, masks of a model's own), requests are to be decoded one by one."""
+        """Whether rows of unlike lengths can decode, and prompts be read, in one pass. The first look costs six short passes: a
+        trial of two texts against each alone. Where not (ALiBi, masks of a model's own), requests are to be run one by one."""
         if self._can_batch is None:
-            self._can_batch = self._kinds is not None and self._trial()
+            self._can_batch = self._masks.known and self._trial()
         return self._can_batch
 
-    def _mask_kinds(self) -> dict[str, int | None] | None:
-        """The window of each kind of layer, None where masks of this model are not known to us."""
-        types = getattr(self.config, "layer_types", None) or ["sliding_attention" if window else "full_attention" for window in self.windows]
-        kinds = dict(zip(types, self.windows, strict=True)) if len(types) == len(self.windows) else {}
-        known = kinds.keys() <= {"full_attention", "sliding_attention"} and all(kinds[kind] == window for kind, window in zip(types, self.windows, strict=False))
-        through_masks = getattr(self.model, "_supports_attention_backend", False) and getattr(self.config, "attention_chunk_size", None) is None
-        ours = self._attention is not None or getattr(self.config, "_attn_implementation", None) in ("sdpa", "eager")
-        return kinds if kinds and known and through_masks and ours else None
-
-    def _masks(self, counting: torch.Tensor, positions: torch.Tensor) -> Any:
-        """What each row may attend to, `[rows, 1, 1, longest]`: one mask, or one for each kind of layer where there are two."""
-        import torch
-
-        masks: dict[str, torch.Tensor] = {}
-        for kind, window in (self._kinds or {}).items():
-            mask = counting <= positions
-            if window is not None:
-                mask = mask & (counting > positions - window)
-            mask = mask[:, None, None, :]
-            if self.config._attn_implementation == "eager":
-                least = torch.finfo(self.dtype).min
-                mask = torch.where(mask, torch.zeros((), dtype=self.dtype, device=mask.device), least)
-            masks[kind] = mask
-        return masks if len(masks) > 1 else next(iter(masks.values()))
-
     def _trial(self) -> bool:
-        """Two rows of unlike lengths, as a batch and alone, in a cache of their own."""
+        """Two texts of unlike lengths, together and alone, in caches of their own. What goes wrong with one alone, or for want
+        of memory, says nothing about masks and is raised."""
         import torch
 
-        cache = self.new_slots()
-        ids = [[(3 + 7 * step) % self.vocabulary for step in range(n)] for n in (7, 3)]
+        if self.context_limit is not None and self.context_limit < 8:
+            return False  # no room for the trial
+        apart, joint = self.new_slots(), self.new_slots()
+        prompts = [[(3 + 7 * step) % self.vocabulary for step in range(n)] for n in (7, 3)]
         token = torch.tensor([[5 % self.vocabulary]], device=self.device)
-        alone = []
+        ends, nexts = [], []
+        for prompt in prompts:
+            row = apart.add_row()
+            joint.add_row()
+            ends.append(self.extend(apart, row, torch.tensor([prompt], device=self.device)))
+            nexts.append(self.extend(apart, row, token))
         try:
-            for row, prompt in enumerate(ids):
-                self.extend(cache, cache.add_row(), torch.tensor([prompt], device=self.device))
-                alone.append(self.extend(cache, row, token))
-                cache.lengths[row] -= 1
-            together = self.decode(cache, token.expand(2, 1))
+            together = torch.stack([self.prefill(joint, 0, prompts), self.decode(joint, token.expand(2, 1))]).double()
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
             return False  # it takes no such mask
-        expected = torch.cat(alone).double()
-        error = (together.double() - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm()
-        return bool(error < (1e-3 if together.dtype == torch.float32 else 0.05))
+        expected = torch.stack([torch.cat(ends), torch.cat(nexts)]).double()
+        errors = (together - expected).flatten(1).norm(dim=1) / (expected - expected.mean(-1, keepdim=True)).flatten(1).norm(dim=1)
+        return bool(errors.max() < (1e-3 if self.dtype == torch.float32 else 0.05))
 
 
 def _as_ids(value: Any) -> frozenset[int]:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+COUNT_LIMIT = 1 << 40
+"""What a count of tokens may be at most, so that a request fits into the bytes it moves as."""
 _SEED_LIMIT = 1 << 64
 _DRAW_BITS = 52
 """With 52 bits, `draw * total` rounds to less than `total` for every float64 total, so a draw never falls off the end."""
@@ -39,20 +41,24 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not (_is_number(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
+        if type(self.top_k) is not int or not 0 <= self.top_k <= COUNT_LIMIT:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 (keep all tokens) or the whole number of tokens to keep")
-        if not 0 < self.top_p <= 1:
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p is {self.top_p}; it must be more than 0 and at most 1 (keep all tokens)")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < _SEED_LIMIT:
+        if type(self.seed) is not int or not 0 <= self.seed < _SEED_LIMIT:
             raise ValueError(f"seed is {self.seed}; it must be a whole number from 0 to 2^64 - 1")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+        if not (_is_number(self.repetition_penalty) and self.repetition_penalty > 0):
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be a positive number (1: no penalty)")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def draw(seed: int, position: int) -> float:

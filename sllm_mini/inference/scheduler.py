@@ -1,9 +1,8 @@
 """Iteration-level batching: requests join and leave between two steps, and every step gives each of them one token.
 
-A step first runs the prompts that wait, longest waiting first, each alone; then one decode pass for all that ran
-already (Orca, OSDI'22). Rows of the cache that decode lie at its front, in `_rows[:_count]`; behind them lie requests
-on hold and guests that are moving in. There is no thread of its own: whoever wants a piece steps. Costs some tens of
-microseconds a step beside the model's forward pass, and one wait for the device. Taught in chapters 06 and 07.
+A step first runs the prompts that wait, longest waiting first, several in one pass; then one decode pass for all that
+ran already (Orca, OSDI'22). There is no thread of its own: whoever wants a piece steps. Costs some tens of microseconds a
+step beside the model's forward pass, and one wait for the device. Taught in chapters 06 and 07.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from sllm_mini.errors import ModelError
-from sllm_mini.inference.requests import Finish, Piece, Request
+from sllm_mini.inference.requests import Finish, Piece, Request, next_tokens
+from sllm_mini.inference.rows import Rows, row_of
 from sllm_mini.inference.runner import Runner
-from sllm_mini.inference.sampler import choose_tokens, penalise, seen_tokens
 from sllm_mini.inference.turns import Turns
 
 if TYPE_CHECKING:
@@ -26,13 +26,9 @@ if TYPE_CHECKING:
     from sllm_mini.inference.kv import SlotCache
 
 
-class Guest:
-    """A request that is moving in: a row that fills. `known` are the tokens of that row, None where only their KV came."""
-
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
-        self.row: int | None = None
-        self.known: list[int | None] = []
+_PACKED_TOKENS = 512
+"""Prompts that wait are read in one pass up to so many tokens: enough to read the weights once for many, and few enough
+that the mask is small and those that decode do not wait long."""
 
 
 class Scheduler:
@@ -44,13 +40,11 @@ class Scheduler:
             raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
         self.runner = Runner(model)
         self.max_batch = max_batch
-        self._kv: SlotCache | None = None
         self._turns = Turns()
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
-        self._rows: list[Request | Guest] = []
-        self._count = 0
-        self._next: tuple[list[Request | Guest], torch.Tensor] | None = None
+        self._rows = Rows(self.runner.new_slots())
+        self._next: tuple[list[Request], torch.Tensor] | None = None
         self._has_run = False
         self._noutputs = 0
         self._wait_clock: Callable[[], float] | None = None
@@ -67,9 +61,7 @@ class Scheduler:
     @property
     def kv(self) -> SlotCache:
         """The cache of this engine; look at it only between two steps."""
-        if self._kv is None:
-            self._kv = self.runner.new_slots()
-        return self._kv
+        return self._rows.kv
 
     def enqueue(self, request: Request) -> None:
         """Lets a request join at the next step. Raises ValueError if its id is taken."""
@@ -100,17 +92,18 @@ class Scheduler:
         ends that one, and is raised where its pieces are read; a pass for all that fails ends all that were in it."""
         with self._turns:
             self._reap()
-            running = self._count
-            admitted = False
+            running = len(self._rows.running)
+            admitted = alone = False
             while self._waiting and len(self._rows) < self.max_batch:
-                first, self._has_run = not self._has_run, True
-                self._prefill(self._waiting.popleft(), first)
-                admitted = True
+                first = not self._has_run
+                batch = self._next_waiting(1 if first or alone else self.max_batch - len(self._rows))
+                alone |= not self._prefill(batch, first) and len(batch) > 1
+                self._has_run = admitted = True
                 if first:  # its layers may have waited for their bytes, one by one: nobody else is made to
                     return True
-            late = [owner for owner in self._rows[self._count :] if isinstance(owner, Request) and owner.late and not owner.held]
-            if running:
-                self._decode(running)
+            late = self._rows.late
+            if decoding := self._rows.running[:running]:  # fewer, if an on_piece has dropped some
+                self._decode(decoding)
             for request in late:
                 self._catch_up(request)
             return admitted or running > 0 or bool(late)
@@ -130,7 +123,8 @@ class Scheduler:
                     self._waiting.remove(request)
             else:
                 # Only logits that were finite prove that the row holds finite numbers alone.
-                self._remove(request, clean=request.finish not in ("eos", "length", "stop"))
+                self._next = None
+                self._rows.remove(request, clean=request.finish not in ("eos", "length", "stop"))
         self._announce()
 
     def abandon(self, request: Request) -> None:
@@ -151,77 +145,71 @@ class Scheduler:
             self._version += 1
             self._news.notify_all()
 
-    # --- rows -------------------------------------------------------------------------------------------------------
-
-    def _add(self, owner: Request | Guest) -> int:
-        owner.row = self.kv.add_row()
-        self._rows.append(owner)
-        return owner.row
-
-    def _swap(self, one: int, other: int) -> None:
-        if one != other:
-            self.kv.swap_rows(one, other)
-            rows = self._rows
-            rows[one], rows[other] = rows[other], rows[one]
-            rows[one].row, rows[other].row = one, other
-
-    def _join(self, request: Request) -> None:
-        """From a row behind those that decode to the last of them."""
-        self._swap(row_of(request), self._count)
-        self._count += 1
-
-    def _leave(self, owner: Request | Guest) -> None:
-        """From a row that decodes to the first behind them."""
-        self._count -= 1
-        self._swap(row_of(owner), self._count)
-
-    def _remove(self, owner: Request | Guest, *, clean: bool) -> None:
-        self._next = None
-        self.kv.lengths[row_of(owner)] = 0  # so that a swap copies only what the other one holds
-        if row_of(owner) < self._count:
-            self._leave(owner)
-        self._swap(row_of(owner), len(self._rows) - 1)
-        self._rows.pop()
-        owner.row = None
-        self.kv.pop_row(clean=clean)
-
     # --- passes -----------------------------------------------------------------------------------------------------
 
-    def _prefill(self, request: Request, first: bool) -> None:
-        """The tokens that the cache lacks, in one pass, and the first new one."""
+    def _next_waiting(self, room: int) -> list[Request]:
+        """Those that wait longest: at most `room`, and no more than one pass takes."""
+        waiting = list(self._waiting)  # which other threads append to
+        ntokens = accumulate(len(request.token_ids) for request in waiting)
+        return [request for n, (request, total) in enumerate(zip(waiting[:room], ntokens, strict=False)) if n == 0 or total <= _PACKED_TOKENS]
+
+    def _prefill(self, requests: list[Request], first: bool) -> bool:
+        """The prompts of these, which are the next ones waiting, in one pass, and the first new token of each. False where that
+        did not go well: one alone has ended then, with several nothing has happened."""
         import torch
 
-        started = time.perf_counter()
         waits = self._wait_clock if first else None
-        before = waits() if waits else 0.0
-        request.queue_seconds += max(started - request.requested - request.tokenize_seconds, 0.0)
         try:
-            row = self._add(request)
-            ids = torch.tensor([request.token_ids], device=self.runner.device)
-            chosen = self._choose([request], self.runner.extend(self.kv, row, ids))
-            token_id = int(chosen)  # the one wait for the device
-        except Exception as error:  # noqa: BLE001 - raised where its pieces are read
-            self.end(request, None, error)
-            return
-        except BaseException:  # interrupted: as if this step had not begun
+            if len(requests) > 1 and not self.runner.can_batch:
+                return False
+            started, before = time.perf_counter(), waits() if waits else 0.0
+            for request in requests:  # before the pass, so that no row which it fills has to move
+                self._rows.add(request)
+                self._rows.join(request)
+            row = row_of(requests[0])
+            if len(requests) > 1:
+                logits = self.runner.prefill(self.kv, row, [request.token_ids for request in requests])
+            else:
+                logits = self.runner.extend(self.kv, row, torch.tensor([requests[0].token_ids], device=self.runner.device))
+            chosen = self._choose(requests, logits)
+            token_ids = chosen.tolist()  # the one wait for the device
+            if len(requests) > 1 and max(token_ids) >= self._noutputs:  # what is not finite in one may have spoilt the others
+                self._withdraw(requests)
+                return False
+            for _ in requests:
+                self._waiting.popleft()
+        except BaseException as error:
+            self._withdraw(requests)
+            if not isinstance(error, Exception):
+                raise
+            if len(requests) == 1:
+                self.end(requests[0], None, error)  # raised where its pieces are read
+            return False
+        load_seconds = waits() - before if waits else 0.0
+        prefill_seconds = time.perf_counter() - started - load_seconds
+        for request in requests:
+            request.queue_seconds += max(started - request.requested - request.tokenize_seconds, 0.0)
+            request.load_seconds, request.prefill_seconds = load_seconds, prefill_seconds
+        self._give(requests, chosen, token_ids)
+        return True
+
+    def _withdraw(self, requests: list[Request]) -> None:
+        """They wait again, in their order, as if this step had not begun."""
+        for request in reversed(requests):
             if request.row is not None:
-                self._remove(request, clean=False)
-            self._waiting.appendleft(request)
-            raise
-        request.load_seconds = waits() - before if waits else 0.0
-        request.prefill_seconds = time.perf_counter() - started - request.load_seconds
-        self._join(request)
-        self._take(request, token_id)
-        self._next = ([request], chosen.view(1, 1)) if self._count == 1 and not request.ended else None
+                self._rows.remove(request, clean=True)
+            if request not in self._waiting:
+                self._waiting.appendleft(request)
 
     def _catch_up(self, request: Request) -> None:
         """The first step of a request that came with keys and values missing: those and the next token, in one pass."""
         import torch
 
-        if request.ended:  # another's on_piece may have dropped it
+        if request.ended or request.held or not request.late:  # by an on_piece of another
             return
         started = time.perf_counter()
         row = row_of(request)
+        self.kv.lengths[row] = min(self.kv.lengths[row], len(request.token_ids) - 1)  # also after a step that was interrupted
         try:
             ids = torch.tensor([request.token_ids[self.kv.lengths[row] :]], device=self.runner.device)
             token_id = int(self._choose([request], self.runner.extend(self.kv, row, ids)))
@@ -231,30 +219,29 @@ class Scheduler:
         request.late = False
         request.decode_seconds += time.perf_counter() - started
         request.decode_steps += 1
-        self._join(request)
+        self._rows.join(request)
         self._take(request, token_id)
 
-    def _decode(self, count: int) -> None:
-        """One token for each of the first rows."""
-        batch = self._rows[:count]
+    def _decode(self, requests: list[Request]) -> None:
+        """One token for each of these, which have the first rows."""
         try:
-            groups = [batch] if count == 1 or self.runner.can_batch else [[owner] for owner in batch]
+            together = len(requests) == 1 or self.runner.can_batch
         except Exception as error:  # noqa: BLE001 - raised where the pieces are read
-            for owner in batch:
-                self.end(self._requests[owner.request_id], None, error)
+            for request in requests:
+                self.end(request, None, error)
             return
-        for group in groups:
-            self._decode_rows(group)
+        for group in [requests] if together else [[request] for request in requests]:
+            if group[0] in self._rows.running:  # another's on_piece may have dropped it
+                self._decode_rows(group)
 
-    def _decode_rows(self, batch: list[Request | Guest]) -> None:
+    def _decode_rows(self, requests: list[Request]) -> None:
         import torch
 
-        requests = [owner for owner in batch if isinstance(owner, Request)]
         started = time.perf_counter()
         for request in requests:  # also after a step that was interrupted
             self.kv.lengths[row_of(request)] = len(request.token_ids) - 1
         try:
-            if self._next is not None and self._next[0] == batch:
+            if self._next is not None and self._next[0] == requests:
                 tokens = self._next[1]  # on its device already, so this step needs no copy from the host
             else:
                 tokens = torch.tensor([[request.token_ids[-1]] for request in requests], device=self.runner.device)
@@ -270,30 +257,23 @@ class Scheduler:
                 self.end(request, None, error)
             return
         seconds = time.perf_counter() - started
-        for request, token_id in zip(requests, token_ids, strict=True):
+        for request in requests:
             request.decode_seconds += seconds
             request.decode_steps += 1
-            if not request.ended:  # another's on_piece may have dropped it
+        self._give(requests, chosen, token_ids)
+
+    def _give(self, requests: list[Request], chosen: torch.Tensor, token_ids: list[int]) -> None:
+        """Each its token, unless an on_piece of another has dropped it, held it or let it go on meanwhile."""
+        positions = [len(request.token_ids) for request in requests]
+        for request, token_id, position in zip(requests, token_ids, positions, strict=True):
+            if not request.ended and not request.held and len(request.token_ids) == position:
                 self._take(request, token_id)
-        if not any(request.ended for request in requests):
-            self._next = batch, chosen.view(-1, 1)
+        if requests == self._rows.running and all(len(request.token_ids) == position + 1 for request, position in zip(requests, positions, strict=True)):
+            self._next = requests, chosen.view(-1, 1)
 
     def _choose(self, requests: list[Request], logits: torch.Tensor) -> torch.Tensor:
-        """The next token of each, int64 `[rows]` on the device."""
-        import torch
-
         self._noutputs = logits.shape[-1]
-        if any(request.sampling.repetition_penalty != 1 for request in requests):
-            rows = []
-            for request, row in zip(requests, logits, strict=True):
-                penalty = request.sampling.repetition_penalty
-                if penalty != 1:
-                    if request.seen is None:
-                        request.seen = seen_tokens(request.token_ids, row.shape[0], row.device)
-                    row = penalise(row, request.seen, penalty)
-                rows.append(row.float())
-            logits = torch.stack(rows)
-        return choose_tokens(logits, [request.sampling for request in requests], [len(request.token_ids) for request in requests])
+        return next_tokens(requests, logits)
 
     def _take(self, request: Request, token_id: int) -> None:
         """A token that was chosen goes to its request, and its piece to whoever reads it."""
@@ -314,9 +294,3 @@ class Scheduler:
             return
         if request.finish is not None:
             self.end(request, request.finish)
-
-
-def row_of(owner: Request | Guest) -> int:
-    if owner.row is None:
-        raise ModelError(f"request {owner.request_id!r} has no slot; it ended between two steps")
-    return owner.row

@@ -9,22 +9,24 @@ in chapter 07.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated
 
 import msgspec
 
 from sllm_mini.errors import FormatError
-from sllm_mini.inference.sampler import SamplingOptions
+from sllm_mini.inference.sampler import COUNT_LIMIT, SamplingOptions
 from sllm_mini.wire.message import Message, decoder
 
 VERSION = 1
 _MAGIC = b"sllm-session"
-_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+_NAME_NCHARS, _TEXT_NCHARS = 256, 1 << 16
+_Count = Annotated[int, msgspec.Meta(ge=0, le=COUNT_LIMIT)]
 _Token = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
-_Name = Annotated[str, msgspec.Meta(max_length=256)]
-_Text = Annotated[str, msgspec.Meta(max_length=1 << 16)]
+_Name = Annotated[str, msgspec.Meta(max_length=_NAME_NCHARS)]
+_Text = Annotated[str, msgspec.Meta(max_length=_TEXT_NCHARS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,32 @@ class _State(Message, frozen=True, tag="Session"):
     elapsed_seconds: _Seconds
 
 
+def request_problem(request_id: str, max_new_tokens: int, sampling: SamplingOptions, stop: Sequence[str], stop_at_eos: bool) -> str | None:
+    """Why no request can be asked for like this, in one sentence; None if it can. What is asked for must fit into a session's
+    bytes, or a request that runs could not move. Thread-safe."""
+    if not _is_text(request_id, _NAME_NCHARS):
+        return f"request_id is {request_id!r:.60}; it must be a text of 1 to {_NAME_NCHARS} characters, in valid Unicode"
+    if type(max_new_tokens) is not int or not 1 <= max_new_tokens <= COUNT_LIMIT:
+        return f"max_new_tokens is {max_new_tokens!r:.60}; it must be at least 1, and a whole number of at most {COUNT_LIMIT:,}"
+    if not isinstance(sampling, SamplingOptions):
+        return f"sampling is {sampling!r:.60}; it must be a SamplingOptions (SamplingOptions() is greedy)"
+    for text in stop:
+        if text == "":
+            return "a stop string is empty; give at least one character, or leave it out"
+        if not _is_text(text, _TEXT_NCHARS):
+            return f"a stop string is {text!r:.60}; it must be a text of 1 to {_TEXT_NCHARS:,} characters, in valid Unicode, or be left out"
+    if not isinstance(stop_at_eos, bool):
+        return f"stop_at_eos is {stop_at_eos!r:.60}; it must be True or False"
+    return None
+
+
+def _is_text(value: object, nchars: int) -> bool:
+    try:
+        return isinstance(value, str) and 0 < len(value) <= nchars and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     """One request between two steps. `token_ids` is the sequence so far, prompt included; a cache that belongs to it
@@ -111,14 +139,13 @@ class Session:
     def _problem(self) -> str | None:
         if self.version != VERSION:
             return f"the session has version {self.version}; this release reads version {VERSION}"
-        if not self.request_id:
-            return "the session has no request_id; give it the request's"
+        problem = request_problem(self.request_id, self.max_new_tokens, self.sampling, self.stop, self.stop_at_eos)
+        if problem:
+            return f"the session is of no request: {problem}"
         if not 1 <= self.prompt_length <= len(self.token_ids):
             return f"the session's prompt has {self.prompt_length} of its {len(self.token_ids)} tokens; it must have at least 1 and at most all of them"
-        if self.max_new_tokens < 1 or self.remaining_tokens < 0:
-            return f"the session has {len(self.new_ids)} new tokens of at most {self.max_new_tokens}; the limit must be at least 1 and not passed"
-        if not all(self.stop):
-            return "a stop string of the session is empty; leave it out"
+        if self.remaining_tokens < 0:
+            return f"the session has {len(self.new_ids)} new tokens of at most {self.max_new_tokens}; the limit must not be passed"
         for name in ("temperature", "top_p", "repetition_penalty"):
             if not math.isfinite(getattr(self.sampling, name)):
                 return f"the session's {name} is not a finite number"
@@ -154,7 +181,9 @@ class Session:
 
     @classmethod
     def from_bytes(cls, raw: bytes | bytearray | memoryview) -> Session:
-        """The session that `to_bytes` wrote. Raises FormatError for any other bytes."""
+        """The session that `to_bytes` wrote. Raises FormatError for any other bytes, and for what are none."""
+        if not isinstance(raw, bytes | bytearray | memoryview):
+            raise FormatError(f"a session is read from bytes and this is of type {type(raw).__name__}; give what Session.to_bytes wrote")
         raw = bytes(raw)
         head = len(_MAGIC)
         if raw[:head] != _MAGIC or len(raw) <= head:

@@ -6,8 +6,7 @@ out. Importing this package costs nothing. Taught in chapters 03 and 05.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from sllm_mini.lazy import lazy_names
 
 _HOMES = {
     "Attachment": "attach",
@@ -16,11 +15,4 @@ _HOMES = {
     "StoreServer": "server",
 }
 __all__ = [*_HOMES]  # noqa: PLE0604 - the table above is the one list
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'sllm_mini.storage' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOMES)

@@ -27,7 +27,8 @@ KV_TARGET_STEPS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One move, measured. `context` is the length of the prompt; `before` of the tokens came before the move began."""
+    """One move, measured. `context` is the length of the prompt. `catch_up_*` is its largest round, `copy_*` what was copied after
+    the stop besides the hand-over."""
 
     mode: Mode
     context: int

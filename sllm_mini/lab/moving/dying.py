@@ -1,6 +1,6 @@
 """A worker process that is killed at a chosen message of a move: `python -m sllm_mini.lab.moving.dying one=sending:HandOver …`.
 
-Each argument names a worker, a moment (sending, sent or received) and a message of `inference.migration_messages`; the worker
+Each argument names a worker, a moment (sending, sent or received) and a message of `inference.migration.messages`; the worker
 of that name kills itself there with SIGKILL, as a machine that loses its power would, and the others are ordinary workers.
 Used as the `program` of `Workers`. Shown in chapter 07.
 """
@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sllm_mini.inference import migration_messages, worker
-from sllm_mini.inference.worker_messages import Open
+from sllm_mini.inference.migration import messages
+from sllm_mini.inference.workers import worker
+from sllm_mini.inference.workers.messages import Open
 from sllm_mini.wire import Channel
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ def death(argument: str) -> tuple[str, str, str]:
     """Worker, moment and message of one argument. Raises ValueError for one that names no moment of a move."""
     name, _, place = argument.partition("=")
     moment, _, message = place.partition(":")
-    if not name or moment not in MOMENTS or not hasattr(migration_messages, message):
+    if not name or moment not in MOMENTS or not hasattr(messages, message):
         raise ValueError(f"{argument!r} names no moment; give worker=moment:message, such as one=sending:HandOver, with {', '.join(MOMENTS)}")
     return name, moment, message
 
 
 def arm(moment: str, message: str) -> None:
     """From now on this process kills itself when that message is about to be sent, was sent, or was received."""
-    kind = getattr(migration_messages, message)
+    kind = getattr(messages, message)
     send, receive = Channel.send, Channel.receive
 
     def happens(now: str, said: Any) -> None:
@@ -55,15 +56,15 @@ def arm(moment: str, message: str) -> None:
     Channel.send, Channel.receive = dying_send, dying_receive  # type: ignore[method-assign, assignment]
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs a worker; never returns."""
+def main(arguments: Sequence[str], load: Callable[[Open], Engine] = worker.load) -> None:
+    """Runs a worker whose engine `load` makes; never returns."""
     deaths = [death(argument) for argument in arguments]
 
     def make(begin: Open) -> Engine:
         for name, moment, message in deaths:
             if name == begin.owner:
                 arm(moment, message)
-        return worker.load(begin)
+        return load(begin)
 
     worker.main(make)
 

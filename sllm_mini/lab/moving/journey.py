@@ -17,8 +17,8 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from sllm_mini.errors import WireError
-from sllm_mini.inference.ledger import LedgerPiece
 from sllm_mini.inference.migration import Mode, Report
+from sllm_mini.inference.ownership.ledger import LedgerPiece
 from sllm_mini.inference.sampler import SamplingOptions
 from sllm_mini.inference.workers import Workers
 from sllm_mini.lab.style import color_of, ink_on

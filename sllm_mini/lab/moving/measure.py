@@ -23,8 +23,8 @@ from typing import Any
 
 from sllm_mini.checkpoint import Checkpoint, open_checkpoint
 from sllm_mini.errors import ModelError
-from sllm_mini.inference.ledger import LedgerPiece
 from sllm_mini.inference.migration import Mode, Report
+from sllm_mini.inference.ownership.ledger import LedgerPiece
 from sllm_mini.inference.workers import WorkerOptions, Workers
 from sllm_mini.lab.models import workspace
 from sllm_mini.lab.moving.document import MODES, Move, assemble
@@ -61,7 +61,8 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One move and every token around it. `started` is when it was asked for, `seconds` how long until it was done."""
+    """One move and every token around it. `started` is when it was asked for, `seconds` how long until it was done, and
+    `pause_seconds` from the source's last step to the destination's first, as these two saw it."""
 
     mode: Mode
     context: int
@@ -69,6 +70,7 @@ class Trace:
     report: Report
     started: float
     seconds: float
+    pause_seconds: float
 
     @property
     def step_seconds(self) -> float:
@@ -80,11 +82,6 @@ class Trace:
     def gap_seconds(self) -> float:
         """Between the source's last token and the destination's first, as the client got them."""
         return next(later.arrived - earlier.arrived for earlier, later in pairwise(self.pieces) if earlier.epoch != later.epoch)
-
-    @property
-    def pause_seconds(self) -> float:
-        """From the source's last step to the destination's first, as these two saw it."""
-        return self.report.pause_seconds or 0.0
 
 
 def measure_moves(
@@ -99,7 +96,8 @@ def measure_moves(
 
     `model` is a checkpoint of ours, None for a small random one, made below `folder` (None: the chapters' workspace) and
     kept there. `workers` that run already, "one" and "two" of that model, are used and left running; their options must be those of
-    `options`. Raises what opening it raises, ValueError for other workers, and ModelError for a request that stays where it was.
+    `options`. Raises what opening it raises, ValueError for other workers, ModelError for a context that leaves no room to move
+    in, before anything is started, and for a request that stays where it was.
     """
     options = options or Options()
     say = on_stage or (lambda _: None)
@@ -129,12 +127,12 @@ def measure_moves(
 
 
 def _room(checkpoint: Checkpoint, contexts: Sequence[int]) -> int:
-    """New tokens that every request may have, within what the model's configuration admits. Raises ValueError where a context leaves
+    """New tokens that every request may have, within what the model's configuration admits. Raises ModelError where a context leaves
     no room to move in."""
     limit = json.loads(checkpoint.read_companion("config.json")).get("max_position_embeddings")
     room = _ROOM if limit is None else min(_ROOM, limit - max(contexts))
     if room < 2 * (_BEFORE + _AFTER):
-        raise ValueError(f"a context of {max(contexts):,} tokens leaves no room to move in, as the model's context is {limit:,} tokens; measure shorter ones")
+        raise ModelError(f"a context of {max(contexts):,} tokens leaves no room to move in, as the model's context is {limit:,} tokens; measure shorter ones")
     return room
 
 
@@ -172,14 +170,15 @@ def trace_move(
         started = time.monotonic()
         report = workers.move(request, destination, mode=mode)
         seconds = time.monotonic() - started
-        if report.outcome != "moved" or report.pause_seconds is None:
+        pause_seconds = report.pause_seconds
+        if report.outcome != "moved" or pause_seconds is None:
             raise ModelError(f"the request was to move from {source} to {destination} and {report.outcome}: {report.reason}")
         while sum(piece.epoch == report.epoch for piece in came) < after:
             came.append(next(pieces))
     finally:
         workers.cancel(request)
         workers.ledger.close(request)
-    return Trace(mode, context, tuple(came), report, started, seconds)
+    return Trace(mode, context, tuple(came), report, started, seconds, pause_seconds)
 
 
 def _measured(trace: Trace) -> Move:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from sllm_mini.errors import WireError
-from sllm_mini.inference import migration_messages as messages
+from sllm_mini.inference.migration import messages
 from sllm_mini.wire import Channel, WireTimeout
 from sllm_mini.wire.channel import BytesLike
 
@@ -19,7 +19,11 @@ AnswerChannel = Channel[messages.Answer]
 
 
 class MoveRefused(WireError):
-    """The destination does not take the request, for the reason given."""
+    """The destination, `owner` at the register, does not take the request, for the reason given."""
+
+    def __init__(self, reason: str, owner: str) -> None:
+        super().__init__(reason)
+        self.owner = owner
 
 
 class Link:
@@ -52,7 +56,7 @@ class Link:
                     raise
                 continue
             if isinstance(answer, messages.Failed):
-                raise MoveRefused(answer.message)
+                raise MoveRefused(answer.message, answer.owner)
             if not isinstance(answer, kind):
                 raise WireError(f"the destination answered {type(answer).__name__} to {type(request).__name__}; use one sllm_mini on both sides")
             return answer

@@ -50,3 +50,10 @@ def choose_mode(n_tokens: int, speeds: Speeds) -> Literal["tokens", "kv"]:
     if n_tokens < 0:
         raise ValueError(f"{n_tokens} tokens cannot be moved")
     return "kv" if copy_seconds(n_tokens, speeds) < recompute_seconds(n_tokens, speeds) else "tokens"
+
+
+def choose_measured(n_tokens: int, speeds: Speeds | None) -> Literal["tokens", "kv"]:
+    """`choose_mode`, for a caller to whom the speeds may be unknown. Raises ValueError without them."""
+    if speeds is None:
+        raise ValueError("mode 'auto' chooses by speeds; measure them (`sllm-mini bench migrate` does) and give them, or name a mode")
+    return choose_mode(n_tokens, speeds)

@@ -8,19 +8,22 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TypeVar
 
 from sllm_mini.errors import WireError
-from sllm_mini.inference import ownership_messages as messages
-from sllm_mini.inference.ledger import TokenLedger
-from sllm_mini.inference.ownership import EpochRegister, Ownership
+from sllm_mini.inference.ownership import messages
+from sllm_mini.inference.ownership.ledger import TokenLedger
+from sllm_mini.inference.ownership.register import EpochRegister, Ownership
 from sllm_mini.types import Epoch
 from sllm_mini.wire import Channel, Connections, connect
 
 ANSWER_SECONDS = 2.0
-"""How long an answer may take; the arbiter only looks into a dictionary."""
+"""How long an answer may take, finding the arbiter included; it only looks into a dictionary."""
+TRIES = 2
+"""How often a question is asked."""
 _A = TypeVar("_A", bound=messages.Answer)
 
 
@@ -62,8 +65,8 @@ class OwnershipServer:
 class OwnershipClient:
     """The register and the ledger of another process: the same questions, over its socket. Safe from several threads.
 
-    Keeps one connection, and asks a second time on a new one if it broke or was silent for `ANSWER_SECONDS`. Raises
-    WireError if that fails too: then nobody knows whether what was asked for has happened.
+    Keeps one connection, and asks again on a new one, `TRIES` times in all, if it broke or was silent for `ANSWER_SECONDS`.
+    Raises WireError if that fails too: then nobody knows whether what was asked for has happened.
     """
 
     def __init__(self, address: str | os.PathLike[str]) -> None:
@@ -110,16 +113,18 @@ class OwnershipClient:
 
     def _ask(self, request: messages.Request, kind: type[_A]) -> _A:
         with self._lock:
-            with suppress(WireError):
-                return self._ask_once(request, kind)
+            for _ in range(TRIES - 1):
+                with suppress(WireError):
+                    return self._ask_once(request, kind)
             return self._ask_once(request, kind)
 
     def _ask_once(self, request: messages.Request, kind: type[_A]) -> _A:
+        end = time.monotonic() + ANSWER_SECONDS
         try:
             if self._channel is None:
                 self._channel = Channel(connect(self.address, timeout=ANSWER_SECONDS), messages.Answer, name="the arbiter")
-            self._channel.send(request, timeout=ANSWER_SECONDS)
-            answer = self._channel.receive(ANSWER_SECONDS).message
+            self._channel.send(request, timeout=max(end - time.monotonic(), 0.0))
+            answer = self._channel.receive(max(end - time.monotonic(), 0.0)).message
             if not isinstance(answer, kind):
                 raise WireError(f"the arbiter at {self.address} answered {type(answer).__name__} to {type(request).__name__}; use one sllm_mini on both sides")
             return answer

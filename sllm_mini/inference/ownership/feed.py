@@ -10,11 +10,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sllm_mini.errors import ModelError, SllmError, WireError
-from sllm_mini.inference.ownership_messages import Token, Verdict
+from sllm_mini.inference.ownership.messages import Token, Verdict
 from sllm_mini.types import Epoch
 
 if TYPE_CHECKING:
@@ -84,11 +83,15 @@ class TokenFeed:
 
         With `guest`, what the engine has prepared for it is used; otherwise whatever the engine still has under its id, from
         a move or from an earlier epoch, is dropped first, and the others wait while `Engine.adopt` computes: in one piece, so that
-        a conversation that still fills the old guest cannot take the new one for it.
+        a conversation that still fills the old guest cannot take the new one for it. Raises ModelError if the request speaks
+        here in a later epoch already: the order was overtaken.
         """
         name = session.request_id
         speaker = Speaker(self, name)
         with self.engine.between_steps():  # no step before the speaker knows its generation
+            spoken = self.epoch(name)
+            if spoken is not None and spoken > epoch:
+                raise ModelError(f"request {name!r} speaks here in epoch {spoken} already, and epoch {epoch} is over; nothing is left to do")
             if not guest:
                 self.engine.drop(name, finish="moved")
             self.open(name, epoch)
@@ -119,6 +122,13 @@ class TokenFeed:
             if finish is not None:
                 self._forget(request_id)
             self._changed.notify_all()
+
+    @property
+    def error(self) -> WireError | None:
+        """Why the ledger cannot be told any more what the engine says; None as long as it can. Final: a process whose feed has
+        ended should end too, so that its requests begin again where their tokens are heard."""
+        with self._changed:
+            return self._error
 
     def last_at(self, request_id: str) -> float | None:
         """When the request's latest piece was given, on the monotonic clock."""
@@ -166,8 +176,11 @@ class TokenFeed:
                 reason = "its engine dropped it"
             except SllmError as error:
                 reason = str(error)
-            with suppress(WireError):  # then the ledger is gone, and the next token says so
+            try:
                 self._ledger.give_up(speaker.request_id, epoch, reason)
+            except WireError as error:
+                with self._changed:
+                    self._error = error
 
     def close(self) -> None:
         """Sends what is left and ends the thread; pieces that come later are not sent."""

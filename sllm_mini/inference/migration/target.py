@@ -9,11 +9,12 @@ message of it at a time.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
-from sllm_mini.errors import SllmError, WireError
-from sllm_mini.inference import migration_messages as messages
-from sllm_mini.inference.feed import Speaker, TokenFeed
-from sllm_mini.inference.ownership import Register
+from sllm_mini.errors import WireError
+from sllm_mini.inference.migration import messages
+from sllm_mini.inference.ownership.feed import Speaker, TokenFeed
+from sllm_mini.inference.ownership.register import Register
 from sllm_mini.inference.session import Session
 from sllm_mini.types import Epoch
 from sllm_mini.wire import Channel, Connections
@@ -65,9 +66,9 @@ class MigrationTarget:
     def _serve(self, request: messages.Request, payload: memoryview) -> messages.Answer:
         try:
             return self._answer(request, payload)
-        except (SllmError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - it is told to the source, whose request goes on there
             self._forget()
-            return messages.Failed(request.sequence, str(error)[:8000])
+            return messages.Failed(request.sequence, self._owner, str(error)[:8000])
 
     def _answer(self, request: messages.Request, payload: memoryview) -> messages.Answer:
         number = request.sequence
@@ -123,7 +124,8 @@ class MigrationTarget:
         try:
             self._speaker = self._feed.adopt(final, epoch, guest=True)
         except BaseException:
-            self._register.release(final.request_id, self._owner, epoch)  # so that the source may claim it back
+            with suppress(WireError):  # the source, which is told that this failed, claims it back in any case
+                self._register.release(final.request_id, self._owner, epoch)
             raise
         self._guest = None
         return epoch

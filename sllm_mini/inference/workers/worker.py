@@ -1,8 +1,9 @@
-"""A process with an engine in it: `python -m sllm_mini.inference.worker`, started by `workers.Workers` (chapter 07).
+"""A process with an engine in it: `python -m sllm_mini.inference.workers.worker`, started by `Workers` (chapter 07).
 
-One thread steps the engine, one takes orders from the parent over standard input, one takes moves in, each move out has
-its own, and the feed's sends tokens to the ledger. The process ends when its parent closes the connection or dies; an error
-in a step that is no request's own ends it too, and the parent begins its requests again elsewhere.
+One thread steps the engine, one reads orders from the parent over standard input and one carries them out, one takes moves
+in, each move out has its own, and the feed's sends tokens to the ledger. The process ends when its parent closes the
+connection or dies; an error in a step that is no request's own ends it too, and so does a ledger that answers the feed no
+more: the parent begins its requests again elsewhere.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NoReturn
 
 from sllm_mini.errors import ModelError, SllmError, WireError
-from sllm_mini.inference import worker_messages as messages
-from sllm_mini.inference.feed import TokenFeed
 from sllm_mini.inference.migration import MoveOptions, migrate
-from sllm_mini.inference.migration_target import MigrationServer
-from sllm_mini.inference.ownership_server import OwnershipClient
+from sllm_mini.inference.migration.target import MigrationServer
+from sllm_mini.inference.ownership.feed import TokenFeed
+from sllm_mini.inference.ownership.server import OwnershipClient
 from sllm_mini.inference.session import Session
+from sllm_mini.inference.workers import messages
 from sllm_mini.types import Epoch
 from sllm_mini.wire import Channel
 
@@ -51,20 +53,25 @@ class Worker:
     def serve(self) -> None:
         """Steps and takes orders until the channel ends. Raises ChannelClosed then."""
         threading.Thread(target=self._step, name="sllm-steps", daemon=True).start()
+        in_order = ThreadPoolExecutor(1, thread_name_prefix="sllm-orders")
         while True:
             received = self._channel.receive(into=_memory)
             order = received.message
-            if isinstance(order, messages.Move):
+            if isinstance(order, messages.Ping):
+                self._channel.send(messages.Done(order.number), timeout=ANSWER_SECONDS)
+            elif isinstance(order, messages.Move):
                 threading.Thread(target=self._answer, args=(order, b""), name="sllm-move-out", daemon=True).start()
             else:
-                self._answer(order, bytes(received.payload or b""))
+                in_order.submit(self._answer, order, bytes(received.payload or b""))
 
     def _answer(self, order: messages.Order, payload: bytes) -> None:
         try:
-            answer = self._carry_out(order, payload)
-        except (SllmError, ValueError) as error:
-            answer = failure(order, error)
-        self._channel.send(answer, timeout=ANSWER_SECONDS)
+            try:
+                self._channel.send(self._carry_out(order, payload), timeout=ANSWER_SECONDS)
+            except Exception as error:  # noqa: BLE001 - it is told to whoever waits for an answer
+                self._channel.send(failure(order, error), timeout=ANSWER_SECONDS)
+        except WireError:
+            self._channel.close()  # the parent is gone or does not read: `serve` ends, and with it this process
 
     def _carry_out(self, order: messages.Order, payload: bytes) -> messages.Answer:
         if isinstance(order, messages.Encode):
@@ -92,6 +99,8 @@ class Worker:
             while True:
                 worked = self._engine.step()
                 self._feed.report_failures()
+                if self._feed.error is not None:
+                    raise self._feed.error  # nobody hears what is said here
                 if worked:
                     time.sleep(self._pace_seconds)
                 else:
@@ -131,7 +140,7 @@ def main(make: Callable[[messages.Open], Engine] = load) -> NoReturn:
         try:
             engine = make(begin)
             worker = Worker(engine, begin, channel)
-        except (SllmError, ValueError) as error:
+        except Exception as error:
             channel.send(failure(begin, error), timeout=ANSWER_SECONDS)
             raise
         channel.send(messages.Opened(begin.number, engine.name), timeout=ANSWER_SECONDS)

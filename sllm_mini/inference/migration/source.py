@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sllm_mini.errors import ModelError, WireError
-from sllm_mini.inference import migration_messages as messages
-from sllm_mini.inference.feed import TokenFeed
-from sllm_mini.inference.migration_link import AnswerChannel, Link
-from sllm_mini.inference.migration_messages import Mode, Outcome, Phase, Report
-from sllm_mini.inference.ownership import Register
+from sllm_mini.inference.migration import messages
+from sllm_mini.inference.migration.link import AnswerChannel, Link, MoveRefused
+from sllm_mini.inference.migration.messages import Mode, Outcome, Phase, Report
+from sllm_mini.inference.ownership.feed import TokenFeed
+from sllm_mini.inference.ownership.register import Register
 from sllm_mini.inference.session import Session
 from sllm_mini.types import Epoch
 from sllm_mini.wire.channel import BytesLike
@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from sllm_mini.inference.engine import Engine
 
 
+SETTLE_QUESTIONS = 4
+"""What a source asks the register at most, once it has stopped and the hand-over was not answered: claim, owner, and both again."""
+
+
 @dataclass(frozen=True, slots=True)
 class MoveOptions:
     """How patient a move is. Raises ValueError for what is not positive.
 
-    `target_gap_tokens` is the gap at which the source stops, `max_rounds` when it stops anyway. An answer may take
+    `target_gap_tokens` is the gap at which the source stops, `max_rounds` after how many rounds it stops anyway. An answer may take
     `answer_seconds` while the source decodes on, and `stopped_seconds` once it has stopped, all tries together.
     `block_nbytes` bounds the KV in one message, and so the time that the source's steps wait for a read.
     """
@@ -108,7 +112,7 @@ class Source:
         if self._mode == "stop_and_copy":
             return
         previous: int | None = None
-        for rounds_left in reversed(range(self._options.max_rounds)):
+        for rounds_left in reversed(range(self._options.max_rounds + 1)):
             gap = cached - self._sent
             if self._decide(gap, previous, rounds_left=rounds_left, target_gap_tokens=self._options.target_gap_tokens):
                 return
@@ -129,11 +133,17 @@ class Source:
             if self._feed is not None:
                 self._last_step_at = self._feed.last_at(self._id) or self._last_step_at
                 self._feed.flush(self._id, self._options.stopped_seconds)
-        if self._mode == "stop_and_copy":
-            gap = cached - self._sent
-            with self._phase("copy", tokens=gap, nbytes=self._nbytes(gap)):
-                self._bring(final, cached, self._options.stopped_seconds)
+        late = self._late(cached - self._sent)
+        if late:
+            with self._phase("copy", tokens=late, nbytes=self._nbytes(late)):
+                self._bring(final, self._sent + late, self._options.stopped_seconds)
         return final, cached
+
+    def _late(self, gap: int) -> int:
+        """How many of the tokens that are missing after the stop go before the hand-over, which carries one block at most."""
+        if self._mode == "stop_and_copy":
+            return gap
+        return gap - gap % self._block_tokens if self._mode == "kv" and gap > self._block_tokens else 0
 
     def _hand_over(self, final: Session, cached: int) -> Report:
         try:
@@ -147,6 +157,8 @@ class Source:
                 took = self._link.ask(request, messages.Took, seconds=self._options.stopped_seconds, payload=payload)
         except _Gone:
             return self._report("ended", *self._register.owner(self._id), "the request was cancelled before the hand-over")
+        except MoveRefused as refusal:
+            return self._settle(str(refusal), refused_by=refusal.owner)
         except (WireError, ModelError) as error:
             return self._settle(str(error))
         except BaseException:
@@ -160,14 +172,18 @@ class Source:
             first_at = self._link.ask(messages.Await(self._link.next()), messages.Resumed, seconds=self._options.stopped_seconds * 2).at
         return self._report("moved", took.owner, Epoch(took.epoch), "the destination claimed the request", first_at)
 
-    def _settle(self, reason: str) -> Report:
-        """The hand-over may have arrived or not. Whoever claims the epoch first has the request."""
+    def _settle(self, reason: str, refused_by: str | None = None) -> Report:
+        """The hand-over may have arrived or not. Whoever claims the epoch first has the request. Asks `SETTLE_QUESTIONS` at most.
+
+        A destination that claimed the request and could not go on leaves it to nobody, or to `refused_by`, itself, where it
+        does not know that it claimed it.
+        """
         try:
             epoch = self._register.claim(self._id, self._owner, self._epoch)
             if epoch is None:
                 owner, now = self._register.owner(self._id)
-                # Nobody's: the destination claimed it and could not go on.
-                epoch = self._register.claim(self._id, self._owner, now) if owner is None and now > self._epoch else None
+                if now > self._epoch and owner in (None, refused_by):
+                    epoch = self._register.claim(self._id, self._owner, now)
         except WireError:
             self._go_on()  # harmless whoever owns it: the ledger takes the tokens of one epoch only
             raise
@@ -184,10 +200,7 @@ class Source:
 
     def _bring(self, session: Session, end: int, seconds: float) -> None:
         """Sends what the destination lacks of the first `end` tokens: themselves, to compute over, or blocks to put in place."""
-        if self._mode == "tokens":
-            step = messages.MAX_TOKENS
-        else:
-            step = max(1, self._options.block_nbytes // self._engine.kv_nbytes_per_token)
+        step = messages.MAX_TOKENS if self._mode == "tokens" else self._block_tokens
         while self._sent < end:
             stop = min(self._sent + step, end)
             if self._mode == "tokens":
@@ -200,6 +213,10 @@ class Source:
             if has.length != stop:
                 raise WireError(f"the destination has {has.length} tokens and was given {stop}; use one sllm_mini on both sides")
             self._sent = stop
+
+    @property
+    def _block_tokens(self) -> int:
+        return max(1, self._options.block_nbytes // self._engine.kv_nbytes_per_token)
 
     def _look(self) -> tuple[Session, int]:
         """The session as of the last step, and how many of its tokens have KV: all but the last, and none before the first step."""

@@ -74,12 +74,13 @@ class EpochRegister:
             self._entries[request_id] = Ownership(None, Epoch(epoch))
             return True
 
-    def retire(self, owner: str) -> tuple[str, ...]:
-        """The requests of an owner that is dead. From now on its claims are refused: one may still be on its way, written
-        by a process that was killed right after, and must not take a request to the grave."""
+    def retire(self, owner: str) -> dict[str, Epoch]:
+        """The requests of an owner that is dead, and the epochs in which they were its own: whoever takes one over claims with
+        that epoch, so that of two who do so one wins. From now on the dead one's claims are refused: one may still be on its
+        way, written by a process that was killed right after, and must not take a request to the grave."""
         with self._lock:
             self._retired.add(owner)
-            return tuple(request_id for request_id, entry in self._entries.items() if entry.owner == owner)
+            return {request_id: entry.epoch for request_id, entry in self._entries.items() if entry.owner == owner}
 
     def forget(self, request_id: str) -> None:
         """The request is over and its id will not come again."""

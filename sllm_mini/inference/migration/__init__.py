@@ -5,34 +5,36 @@
 While the source decodes on, the destination is brought near: in rounds of tokens that it recomputes ("tokens": the way of
 ServerlessLLM, OSDI'24) or in rounds of KV blocks that are put in place ("kv": Llumnix, OSDI'24). When the gap is small the
 source stops the request, sends its final session and what is still missing, and the destination claims it at the register
-of epochs and goes on. "stop_and_copy", the baseline, stops first and copies then. The messages are in `migration_messages`,
-the two ends in `migration_source` and `migration_target`.
+of epochs and goes on. "stop_and_copy", the baseline, stops first and copies then. The two ends are in `source`
+and `target`, what they say in `messages` and over `link`, and which way is faster in `choice`.
 
 Whoever dies, one owner is left, by the register's word: a source that hears nothing claims the request back, and of two
-claims one wins. A process that is killed is noticed at once, because its connection ends; for one that hangs see `OWNER_SECONDS`.
+claims one wins. A process that is killed is noticed at once, because its connection ends; for a destination that hangs in the
+hand-over see `OWNER_SECONDS`, for an owner that hangs `workers.WorkerOptions.silent_seconds`.
 Costs, beside what is sent: the source's steps wait while its KV is read, one block at a time.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sllm_mini.errors import ModelError, WireError
-from sllm_mini.inference.feed import TokenFeed
-from sllm_mini.inference.migration_choice import (
+from sllm_mini.inference.migration.choice import (
     Speeds,
     break_even_bytes_per_second,
+    choose_measured,
     choose_mode,
     copy_seconds,
     recompute_seconds,
 )
-from sllm_mini.inference.migration_link import AnswerChannel
-from sllm_mini.inference.migration_messages import Answer, Mode, Phase, Report
-from sllm_mini.inference.migration_source import MoveOptions, Source
-from sllm_mini.inference.migration_target import MigrationServer, MigrationTarget
-from sllm_mini.inference.ownership import Register
-from sllm_mini.inference.ownership_server import ANSWER_SECONDS
+from sllm_mini.inference.migration.link import AnswerChannel
+from sllm_mini.inference.migration.messages import Answer, Mode, Phase, Report
+from sllm_mini.inference.migration.source import SETTLE_QUESTIONS, MoveOptions, Source
+from sllm_mini.inference.migration.target import MigrationServer, MigrationTarget
+from sllm_mini.inference.ownership.feed import TokenFeed
+from sllm_mini.inference.ownership.register import Register
+from sllm_mini.inference.ownership.server import ANSWER_SECONDS, TRIES
 from sllm_mini.wire import Channel, connect
 
 if TYPE_CHECKING:
@@ -55,9 +57,10 @@ __all__ = [
     "should_hand_over",
 ]
 
-OWNER_SECONDS = MoveOptions().stopped_seconds + 4 * ANSWER_SECONDS
-"""With the usual patience, how long after the last message that arrived it is settled who owns a request that was stopped:
-the source waits `stopped_seconds` for the hand-over's answer, then asks the register, which is asked twice at most."""
+OWNER_SECONDS = MoveOptions().stopped_seconds + SETTLE_QUESTIONS * TRIES * ANSWER_SECONDS
+"""With the usual patience, how long after a hand-over was sent it is settled at most who owns its request: the source waits
+`stopped_seconds` for an answer, then asks the register up to `SETTLE_QUESTIONS` questions, each `TRIES` times at most. A
+register that answers at once settles it after `stopped_seconds`. An owner that hangs later is the parent's to notice."""
 _CONNECT_SECONDS = 5.0
 
 
@@ -80,31 +83,34 @@ def migrate(
     *,
     owner: str,
     register: Register,
-    mode: Mode = "tokens",
+    mode: Mode | Literal["auto"] = "tokens",
+    speeds: Speeds | None = None,
     feed: TokenFeed | None = None,
     options: MoveOptions | None = None,
 ) -> Report:
     """Moves a running request of `engine`, which `owner` owns at the register, to the engine behind `destination`.
 
     `destination` is the address of a `MigrationServer`, or a channel to a `MigrationTarget`, closed at the end. `feed` is what
-    takes this engine's pieces to the client: it is emptied before the hand-over. To be called from any thread but the one that
+    takes this engine's pieces to the client: it is emptied before the hand-over. The mode "auto" is the faster of "tokens" and
+    "kv" by `speeds`, what was measured of destination and link (`choose_mode`). To be called from any thread but the one that
     steps the engine; several requests may move at once. A destination that refuses, dies or is silent is no error: the
     report says who owns the request at the end, and why.
 
-    Raises ModelError for a request that this engine does not run or `owner` does not own, and WireError if the register cannot
-    be asked.
+    Raises ModelError for a request that this engine does not run or `owner` does not own, WireError if the register cannot be
+    asked, and ValueError for the mode "auto" without `speeds`.
     """
     options = options or MoveOptions()
     held, epoch = register.owner(request_id)
     if request_id not in engine.requests or held != owner or (feed is not None and feed.epoch(request_id) != epoch):
         raise ModelError(f"request {request_id!r} is {held or 'nobody'}'s and cannot be moved by {owner}; ask the register for its owner")
+    chosen = choose_measured(len(engine.session(request_id).token_ids), speeds) if mode == "auto" else mode
     try:
         channel = destination if isinstance(destination, Channel) else _connected(destination)
     except WireError as error:
-        return Report(request_id, mode, "stayed", owner, epoch, f"the source goes on: {error}", [])
+        return Report(request_id, chosen, "stayed", owner, epoch, f"the source goes on: {error}", [])
     try:
         return Source(
-            engine, request_id, channel, owner=owner, epoch=epoch, register=register, feed=feed, mode=mode, options=options, decide=should_hand_over
+            engine, request_id, channel, owner=owner, epoch=epoch, register=register, feed=feed, mode=chosen, options=options, decide=should_hand_over
         ).run()
     finally:
         channel.close()

@@ -15,10 +15,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from sllm_mini.errors import ModelError
-from sllm_mini.inference.ownership import EpochRegister
-from sllm_mini.inference.ownership_messages import Finish, Token, Verdict
+from sllm_mini.inference.ownership.messages import Finish, Token, Verdict
+from sllm_mini.inference.ownership.register import EpochRegister
 from sllm_mini.inference.session import Session
 from sllm_mini.types import Epoch
+
+MAX_RESTARTS = 2
+"""How often a request begins again without a new token in between: one that kills whoever runs it must not go through them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,9 @@ class _Entry:
     pieces: list[LedgerPiece] = field(default_factory=list)
     finish: Finish | None = None
     error: str | None = None
+    restarts: int = 0
+    restarted_at: int = -1
+    """How many pieces there were at the last restart, and how many restarts there have been from there."""
 
     @property
     def next_position(self) -> int:
@@ -93,13 +99,13 @@ class TokenLedger:
 
     def give_up(self, request_id: str, epoch: int, reason: str) -> bool:
         """`fail`, said by the owner of that epoch; False, and nothing done, if it is not the owner any more."""
-        owner, now = self._register.owner(request_id)
         with self._lock:
-            known = request_id in self._entries
-        if owner is None or now != epoch or not known:
-            return False
-        self.fail(request_id, reason)
-        return True
+            entry = self._entries.get(request_id)
+            owner, now = self._register.owner(request_id)
+            if entry is None or owner is None or now != epoch:
+                return False
+            _fail(entry, reason)
+            return True
 
     def end(self, request_id: str, finish: Finish = "cancelled") -> None:
         """Ends a request for the client before its text does; no token is taken any more."""
@@ -111,10 +117,7 @@ class TokenLedger:
     def fail(self, request_id: str, reason: str) -> None:
         """Ends a request that nobody can carry on: whoever reads its stream gets ModelError(reason)."""
         with self._lock:
-            entry = self._entry(request_id)
-            if entry.finish is None:
-                entry.error = reason
-            entry.changed.notify_all()
+            _fail(self._entry(request_id), reason)
 
     def close(self, request_id: str) -> None:
         """Forgets a request, which frees its id at the register too; a stream that still reads it ends with ModelError."""
@@ -166,20 +169,35 @@ class TokenLedger:
             return _advanced(entry.session, entry.pieces)
 
     def restart(self, request_id: str, owner: str, expected_epoch: int) -> tuple[Session, Epoch] | None:
-        """Claims a request for a new owner and gives the state from which that one goes on; None if the text has ended or
-        somebody else has claimed it. Claimed first: after that nothing of the old owner's is taken, so the session misses nothing."""
-        epoch = self._register.claim(request_id, owner, expected_epoch)
-        if epoch is None:
-            return None
+        """Claims a request for a new owner and gives the state from which that one goes on; None if it is over or closed, or
+        somebody else has claimed it. No token is taken meanwhile, so the session misses none.
+
+        A request that was begun again `MAX_RESTARTS` times and has given no token since fails instead.
+        """
         with self._lock:
-            entry = self._entry(request_id)
-            return None if entry.finish or entry.error else (_advanced(entry.session, entry.pieces), epoch)
+            entry = self._entries.get(request_id)
+            epoch = None if entry is None else self._register.claim(request_id, owner, expected_epoch)
+            if entry is None or epoch is None or entry.finish or entry.error:
+                return None
+            said = len(entry.pieces)
+            entry.restarts = entry.restarts + 1 if said == entry.restarted_at else 1
+            entry.restarted_at = said
+            if entry.restarts > MAX_RESTARTS:
+                _fail(entry, f"it was begun again {MAX_RESTARTS} times and gave no token; it may be what its workers died of")
+                return None
+            return _advanced(entry.session, entry.pieces), epoch
 
     def _entry(self, request_id: str) -> _Entry:
         entry = self._entries.get(request_id)
         if entry is None:
             raise ModelError(f"request {request_id!r} is not in the ledger; it was never opened, or was closed")
         return entry
+
+
+def _fail(entry: _Entry, reason: str) -> None:
+    if entry.finish is None:
+        entry.error = reason
+    entry.changed.notify_all()
 
 
 def _advanced(session: Session, pieces: Sequence[LedgerPiece]) -> Session:

@@ -6,126 +6,53 @@
         for piece in workers.ledger.stream(story): print(piece.text, end="")
 
 The register and the ledger are here, in the parent: the router of a cluster in its smallest form. A worker that dies is
-noticed at once, because its connection ends; its requests begin again with another, from the last token in the ledger.
+noticed at once, because its connection ends, and one that hangs after `WorkerOptions.silent_seconds`; the requests of both
+begin again with another, from the last token in the ledger.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal
 
-from sllm_mini import errors
-from sllm_mini.errors import ModelError, SllmError, WireError
-from sllm_mini.inference import worker_messages as messages
-from sllm_mini.inference.ledger import TokenLedger
-from sllm_mini.inference.migration_messages import Mode, Report
-from sllm_mini.inference.ownership import EpochRegister
-from sllm_mini.inference.ownership_server import OwnershipServer
+from sllm_mini.errors import ModelError, WireError
+from sllm_mini.inference.migration.choice import Speeds, choose_measured
+from sllm_mini.inference.migration.messages import Mode, Report
+from sllm_mini.inference.ownership.ledger import TokenLedger
+from sllm_mini.inference.ownership.register import EpochRegister
+from sllm_mini.inference.ownership.server import OwnershipServer
 from sllm_mini.inference.sampler import SamplingOptions
 from sllm_mini.inference.session import Session
+from sllm_mini.inference.workers import messages
+from sllm_mini.inference.workers.process import WorkerProcess
 from sllm_mini.types import Epoch
-from sllm_mini.wire import Channel
 
-PROGRAM = ("-m", "sllm_mini.inference.worker")
-_PATIENCE_SECONDS = 30.0
-_A = TypeVar("_A", bound=messages.Answer)
+PROGRAM = ("-m", "sllm_mini.inference.workers.worker")
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """How each worker runs its model. `threads` are torch's, and `pace_seconds` is slept after each step."""
+    """How each worker runs its model. `threads` are torch's, and `pace_seconds` is slept after each step. A worker that has loaded
+    its model and then answers nothing for `silent_seconds` counts as dead and is killed. Raises ValueError for what cannot run."""
 
     device: str = "cpu"
     threads: int = 1
     max_batch: int = 8
     pace_seconds: float = 0.0
+    silent_seconds: float = 20.0
 
-
-class WorkerProcess:
-    """One worker, as its parent sees it: orders go out, answers come back in any order. Safe from several threads.
-
-    `on_death` is called once, on a thread of this object's, when the process is gone and nobody closed it. Every order raises the
-    worker's own error, or WireError once it is gone.
-    """
-
-    def __init__(self, name: str, program: Sequence[str], on_death: Callable[[str], None]) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen([sys.executable, *program], stdin=theirs.fileno())
-        self.name = name
-        self._on_death = on_death
-        self._channel: Channel[messages.Answer] = Channel(ours, messages.Answer, name=f"worker {name}")
-        self._changed = threading.Condition()
-        self._answers: dict[int, messages.Answer] = {}
-        self._number = 0
-        self._gone = False
-        self._closing = False
-        self._thread = threading.Thread(target=self._listen, name=f"sllm-worker-{name}", daemon=True)
-        self._thread.start()
-
-    def next(self) -> int:
-        """The number that the next order must carry."""
-        with self._changed:
-            self._number += 1
-            return self._number
-
-    def ask(self, order: messages.Order, kind: type[_A], *, payload: bytes | None = None) -> _A:
-        """Gives an order and waits until it is answered."""
-        self._channel.send(order, payload=payload, timeout=_PATIENCE_SECONDS)
-        with self._changed:
-            self._changed.wait_for(lambda: order.number in self._answers or self._gone)
-            answer = self._answers.pop(order.number, None)
-        if answer is None:
-            raise WireError(f"worker {self.name} is gone; its requests begin again elsewhere")
-        if isinstance(answer, messages.Failed):
-            error = getattr(errors, answer.kind, None)
-            raise error(answer.message) if isinstance(error, type) and issubclass(error, SllmError) else ModelError(answer.message)
-        if not isinstance(answer, kind):
-            raise WireError(f"worker {self.name} answered {type(answer).__name__} to {type(order).__name__}; use one sllm_mini on both sides")
-        return answer
-
-    def kill(self) -> None:
-        """Kills the process (SIGKILL): what a machine that fails does."""
-        self.process.kill()
-
-    def close(self) -> None:
-        """Ends the process and waits for it."""
-        self._closing = True
-        self._channel.close()
-        try:
-            self.process.wait(_PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._thread.join()
-
-    def _listen(self) -> None:
-        try:
-            while True:
-                answer = self._channel.receive().message
-                with self._changed:
-                    self._answers[answer.number] = answer
-                    self._changed.notify_all()
-        except WireError:
-            with self._changed:
-                self._gone = True
-                self._changed.notify_all()
-            self._channel.close()
-            if not self._closing:
-                self.process.kill()  # one that only closed its connection must not speak on
-                self.process.wait()
-                self._on_death(self.name)
+    def __post_init__(self) -> None:
+        if self.threads < 1 or self.max_batch < 1 or self.pace_seconds < 0 or self.silent_seconds <= 0:
+            raise ValueError(f"{self} runs nothing; threads and max_batch are at least 1, pace_seconds at least 0, silent_seconds more than 0")
 
 
 class Workers:
@@ -151,6 +78,8 @@ class Workers:
         self._folder = Path(tempfile.mkdtemp(prefix="sllm-workers-"))
         self._lock = threading.RLock()
         self._workers: dict[str, WorkerProcess] = {}
+        self._taken: set[str] = set()
+        """Names of workers that start, live, or have lived: none is given twice, as the register asks."""
         try:
             self._server = OwnershipServer(self.register, self.ledger, self._folder / "arbiter")
         except BaseException:
@@ -171,7 +100,26 @@ class Workers:
             return tuple(self._workers)
 
     def start(self, name: str) -> WorkerProcess:
-        """Starts one more worker and waits until it has loaded the model. A dead worker's name is not used again."""
+        """Starts one more worker and waits until it has loaded the model. Raises ValueError for the name of a worker that lives, or
+        that has died: a message of the dead one may still be on its way."""
+        with self._lock:
+            if name in self._taken:
+                raise ValueError(f"a worker was started as {name!r} before; give each worker a name of its own")
+            self._taken.add(name)
+        try:
+            worker = self._load(name)
+        except BaseException:
+            with self._lock:
+                self._taken.discard(name)  # it never spoke
+            raise
+        with self._lock:
+            self._workers[name] = worker
+        if worker.gone:  # before it was among the workers, so that nobody has buried it
+            self._bury(name)
+        worker.watch(self.options.silent_seconds)
+        return worker
+
+    def _load(self, name: str) -> WorkerProcess:
         worker = WorkerProcess(name, self._program, self._bury)
         options = self.options
         begin = messages.Open(
@@ -183,8 +131,6 @@ class Workers:
         except BaseException:
             worker.close()
             raise
-        with self._lock:
-            self._workers[name] = worker
         return worker
 
     def submit(
@@ -212,32 +158,34 @@ class Workers:
             if epoch is None:
                 raise WireError(f"worker {name} is gone; submit the request to another")
             self._run(name, session, epoch)
-        except WireError:
-            if epoch is None:
+        except BaseException as error:
+            if epoch is None or not isinstance(error, WireError) or not self._dead(name):
                 self.ledger.close(session.request_id)
                 raise
             # It died with the order in its hands: the request is begun again like its others.
-        except BaseException:
-            self.ledger.close(session.request_id)
-            raise
         return session.request_id
 
-    def move(self, request_id: str, to: str, *, mode: Mode = "tokens", target_gap_tokens: int = 4) -> Report:
-        """Moves a request to worker `to` while its text goes on. Raises ModelError if nobody runs it, WireError if its worker dies."""
+    def move(
+        self, request_id: str, to: str, *, mode: Mode | Literal["auto"] = "tokens", speeds: Speeds | None = None, target_gap_tokens: int = 4
+    ) -> Report:
+        """Moves a request to worker `to` while its text goes on; `mode` and `speeds` as for `migrate`. Raises ModelError if nobody
+        runs it, WireError if its worker dies."""
         owner = self.register.owner(request_id).owner
         if owner is None:
             raise ModelError(f"request {request_id!r} is nobody's; it was never submitted, or was closed")
         self._worker(to)
         worker = self._worker(owner)
-        return worker.ask(messages.Move(worker.next(), request_id, str(self._address(to)), mode, target_gap_tokens), messages.Moved).report
+        chosen = choose_measured(len(self.ledger.session(request_id).token_ids), speeds) if mode == "auto" else mode
+        return worker.ask(messages.Move(worker.next(), request_id, str(self._address(to)), chosen, target_gap_tokens), messages.Moved).report
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request for its reader and in its engine."""
+        """Ends a request for its reader and in its engine. Raises ModelError for a request that is not open."""
         self.ledger.end(request_id)
         owner = self.register.owner(request_id).owner
         if owner is not None:
-            worker = self._worker(owner)
-            worker.ask(messages.Drop(worker.next(), request_id), messages.Done)
+            with suppress(WireError):  # its engine is gone, and nobody else takes a request over that has ended
+                worker = self._worker(owner)
+                worker.ask(messages.Drop(worker.next(), request_id), messages.Done)
 
     def kill(self, name: str) -> None:
         """Kills a worker process, as a failing machine would; what it ran begins again with the others."""
@@ -268,6 +216,11 @@ class Workers:
             raise WireError(f"there is no worker {name!r}; these live: {', '.join(self.names) or 'none'}")
         return worker
 
+    def _dead(self, name: str) -> bool:
+        with self._lock:
+            worker = self._workers.get(name)
+        return worker is None or worker.gone
+
     def _run(self, name: str, session: Session, epoch: Epoch) -> None:
         worker = self._worker(name)
         worker.ask(messages.Run(worker.next(), epoch), messages.Done, payload=session.to_bytes())
@@ -275,26 +228,27 @@ class Workers:
     def _bury(self, name: str) -> None:
         """A worker died: its requests go to the others, one after another."""
         with self._lock:
-            self._workers.pop(name, None)
-        for number, request_id in enumerate(self.register.retire(name)):
-            self._begin_again(request_id, number)
+            if self._workers.pop(name, None) is None:
+                return  # it never lived, or all of them are being closed
+        for number, (request_id, epoch) in enumerate(self.register.retire(name).items()):
+            self._begin_again(request_id, epoch, number)
 
-    def _begin_again(self, request_id: str, number: int) -> None:
+    def _begin_again(self, request_id: str, epoch: Epoch, number: int) -> None:
+        """Gives a request whose owner in `epoch` died to another worker, unless it is somebody else's by now."""
         while True:
             names = self.names
             if not names:
-                self.ledger.fail(request_id, "every worker has died")
+                self.ledger.give_up(request_id, epoch, "every worker has died")
                 return
             heir = names[number % len(names)]
-            begun = self.ledger.restart(request_id, heir, self.register.owner(request_id).epoch)
+            begun = self.ledger.restart(request_id, heir, epoch)
             if begun is None:
-                if self.register.owner(request_id).owner in self.names or self.ledger.finish(request_id):
-                    return
-                continue  # the heir died too, or was retired a moment ago
+                if heir in self.names:
+                    return  # the request is over, or somebody else's
+                continue  # the heir died a moment ago and claims nothing any more
             try:
                 self._run(heir, *begun)
-            except WireError:
-                continue
-            except (SllmError, ValueError) as error:
-                self.ledger.fail(request_id, str(error))
+            except Exception as error:  # noqa: BLE001 - its reader is told, and the other requests go on
+                if not (isinstance(error, WireError) and self._dead(heir)):  # else it is among those of the heir's own burial
+                    self.ledger.give_up(request_id, begun[1], str(error))
             return

@@ -10,8 +10,8 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from sllm_mini.inference.migration_messages import MAX_TOKENS, Mode, Report, TokenId
-from sllm_mini.inference.ownership_messages import Count, OwnerName, RequestName
+from sllm_mini.inference.migration.messages import MAX_TOKENS, Mode, Report, TokenId
+from sllm_mini.inference.ownership.messages import Count, OwnerName, RequestName
 from sllm_mini.wire import Message
 
 Path = Annotated[str, Meta(min_length=1, max_length=4096)]
@@ -67,7 +67,13 @@ class Drop(Message, frozen=True):
     request_id: RequestName
 
 
-Order = Open | Encode | Run | Move | Drop
+class Ping(Message, frozen=True):
+    """Is the process alive? Answered by `Done` at once, whatever else is being done."""
+
+    number: Number
+
+
+Order = Open | Encode | Run | Move | Drop | Ping
 
 
 class Opened(Message, frozen=True):

@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from sllm_mini.inference.ownership_messages import Count, OwnerName, RequestName
+from sllm_mini.inference.ownership.messages import Count, OwnerName, RequestName
 from sllm_mini.wire import Message
 
 Mode = Literal["tokens", "kv", "stop_and_copy"]
@@ -101,9 +101,11 @@ class Resumed(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """One sentence: why the request cannot come. The destination has forgotten the guest."""
+    """One sentence: why the request cannot come. The destination has forgotten the guest, and does not run the request even
+    where the register says that it is `owner`'s, its own: the answer to its claim may have been lost."""
 
     sequence: Sequence
+    owner: OwnerName
     message: Text
 
 

@@ -1,0 +1,132 @@
+"""One worker process as its parent sees it: orders go out, answers come back, and its death is noticed. Explained in chapter 07.
+
+A process that is killed is noticed at once, because its connection ends. One that hangs (stopped, or swapped out by a machine
+that thrashes) keeps its connection, and is noticed by its silence: `watch` asks it whether it lives, and kills it if not.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+from sllm_mini import errors
+from sllm_mini.errors import ModelError, SllmError, WireError
+from sllm_mini.inference.workers import messages
+from sllm_mini.wire import Channel, ChannelClosed, WireTimeout
+
+_PATIENCE_SECONDS = 30.0
+_PINGS = 2
+"""How many in a row must be left unanswered: a parent that was held up itself misses one answer, not two."""
+_A = TypeVar("_A", bound=messages.Answer)
+
+
+class WorkerProcess:
+    """One worker, as its parent sees it: orders go out, answers come back in any order. Safe from several threads.
+
+    `on_death` is called once, on a thread of this object's, when the process is gone, closed or not. Every order raises the
+    worker's own error, or WireError once it is gone.
+    """
+
+    def __init__(self, name: str, program: Sequence[str], on_death: Callable[[str], None]) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen([sys.executable, *program], stdin=theirs.fileno())
+        self.name = name
+        self._on_death = on_death
+        self._channel: Channel[messages.Answer] = Channel(ours, messages.Answer, name=f"worker {name}")
+        self._changed = threading.Condition()
+        self._waiting: set[int] = set()
+        self._answers: dict[int, messages.Answer] = {}
+        self._number = 0
+        self._gone = threading.Event()
+        self._watch: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._listen, name=f"sllm-worker-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def gone(self) -> bool:
+        """Whether the process has ended, or is being ended because its connection has."""
+        return self._gone.is_set()
+
+    def next(self) -> int:
+        """The number that the next order must carry."""
+        with self._changed:
+            self._number += 1
+            return self._number
+
+    def ask(self, order: messages.Order, kind: type[_A], *, payload: bytes | None = None, seconds: float | None = None) -> _A:
+        """Gives an order and waits until it is answered. Raises WireTimeout if that takes longer than `seconds`."""
+        end = None if seconds is None else time.monotonic() + seconds
+        with self._changed:
+            self._waiting.add(order.number)
+        try:
+            with suppress(ChannelClosed):  # the thread that listens notices it too, and only then the process is known to be gone
+                self._channel.send(order, payload=payload, timeout=_PATIENCE_SECONDS if seconds is None else seconds)
+            with self._changed:
+                left = None if end is None else max(end - time.monotonic(), 0.0)
+                self._changed.wait_for(lambda: order.number in self._answers or self.gone, left)
+        finally:
+            with self._changed:
+                self._waiting.discard(order.number)
+                answer = self._answers.pop(order.number, None)
+        if answer is None:
+            if not self.gone:
+                raise WireTimeout(f"worker {self.name} did not answer {type(order).__name__} in {seconds} seconds", ended=False)
+            raise WireError(f"worker {self.name} is gone; its requests begin again elsewhere")
+        if isinstance(answer, messages.Failed):
+            error = getattr(errors, answer.kind, None)
+            raise error(answer.message) if isinstance(error, type) and issubclass(error, SllmError) else ModelError(answer.message)
+        if not isinstance(answer, kind):
+            raise WireError(f"worker {self.name} answered {type(answer).__name__} to {type(order).__name__}; use one sllm_mini on both sides")
+        return answer
+
+    def kill(self) -> None:
+        """Kills the process (SIGKILL): what a machine that fails does."""
+        self.process.kill()
+
+    def watch(self, silent_seconds: float) -> None:
+        """From now on the process is killed once it has answered nothing for so long. Once."""
+        self._watch = threading.Thread(target=self._ask_whether_alive, args=(silent_seconds / (2 * _PINGS),), name=f"sllm-watch-{self.name}", daemon=True)
+        self._watch.start()
+
+    def close(self) -> None:
+        """Ends the process and waits for it."""
+        self._channel.close()
+        self._thread.join()
+        if self._watch is not None:
+            self._watch.join()
+
+    def _ask_whether_alive(self, seconds: float) -> None:
+        missed = 0
+        while missed < _PINGS and not self._gone.wait(seconds):
+            try:
+                self.ask(messages.Ping(self.next()), messages.Done, seconds=seconds)
+                missed = 0
+            except WireTimeout:
+                missed += 1
+            except WireError:
+                return  # its connection has ended, which is noticed where it is read
+        self.process.kill()
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                answer = self._channel.receive().message
+                with self._changed:
+                    if answer.number in self._waiting:
+                        self._answers[answer.number] = answer
+                        self._changed.notify_all()
+        except WireError:
+            with self._changed:
+                self._gone.set()
+                self._changed.notify_all()
+            self._channel.close()
+            self.process.kill()  # one that only lost its connection must not speak on
+            self.process.wait()
+            self._on_death(self.name)
