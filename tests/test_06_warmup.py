@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import Run
 from cuda_on_cpu import compile_for_cpu
 from typer.testing import CliRunner
 
@@ -29,6 +30,7 @@ from sllm_mini.inference.warmup import (
     write_profile,
 )
 from sllm_mini.lab import warmup as lab
+from sllm_mini.lab.models import tiny_checkpoint
 from sllm_mini.lab.warmup import measure as measure_module
 from sllm_mini.lab.warmup.child import time_attention
 from sllm_mini.resources import resource
@@ -135,7 +137,7 @@ def answers(task: str, arguments: Mapping[str, Any], environment: Mapping[str, s
             (cache / "name-sm_90-digest-version.kernel").write_text("x")
         if arguments["state"] == "ahead of time":
             assert [path.name for path in Path(arguments["ahead"]).iterdir()] == ["name-sm_90-digest.kernel"]
-        return {"state": arguments["state"], "seconds": {"compile": 1.0} if arguments["state"] == "just in time" else {"cache": 0.01}, "nbytes": 10}
+        return {"state": arguments["state"], "seconds": {"compile": 1.0} if arguments["state"] == "just in time" else {"cache": 0.01}, "image_nbytes": 10}
     place = Path(arguments["folder"])
     state = "recorded" if place.exists() else "measured"
     place.mkdir(exist_ok=True)
@@ -146,7 +148,7 @@ def answers(task: str, arguments: Mapping[str, Any], environment: Mapping[str, s
 def document(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.setenv("SLLM_MINI_WORK", str(tmp_path))
     monkeypatch.setattr(measure_module, "why_no_compiler", lambda: None)
-    return lab.measure_warmup("model", options=lab.Options(rounds=2), run=answers)
+    return lab.measure_warmup(tiny_checkpoint(tmp_path).path, options=lab.Options(rounds=2), run=answers)
 
 
 def test_the_document_has_every_state_and_what_was_skipped(document: dict[str, Any]) -> None:
@@ -157,6 +159,8 @@ def test_the_document_has_every_state_and_what_was_skipped(document: dict[str, A
     assert [one["name"] for one in document["skipped"]] == ["attention", "graphs"] and "no CUDA graphs" in document["skipped"][1]["reason"]
     assert str(lab.factor_of(document, "kernels", "decode attention")) == "x100.00 (100.00 to 100.00)"
     assert json.loads(json.dumps(document))["results"] == document["results"]
+    assert {row["nbytes"] for row in document["results"]} == {None} and rows["kernels", "cached"]["facts"]["image_nbytes"] == 10
+    assert document["model"] == {"name": "tiny", "dtype": "float32"}
 
 
 def test_a_part_that_fails_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -170,7 +174,7 @@ def test_a_part_that_fails_is_skipped_with_its_reason(monkeypatch: pytest.Monkey
             raise ModelError("there is no NVRTC")
         return answers(task, arguments, environment)
 
-    found = lab.measure_warmup("model", options=lab.Options(rounds=2, parts=("torch.compile", "kernels", "memory profile")), run=run)
+    found = lab.measure_warmup(tiny_checkpoint(tmp_path).path, options=lab.Options(rounds=2, parts=("torch.compile", "kernels", "memory profile")), run=run)
     assert {one["name"]: one["reason"] for one in found["skipped"]} == {"torch.compile": "torch.compile needs a C++ compiler", "kernels: decode attention": "there is no NVRTC"}
     assert {row["part"] for row in found["results"]} == {"memory profile"} and tried.count("kernel_state") == 1
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".warmup")]
@@ -183,7 +187,7 @@ def test_pictures_tables_and_words_say_the_same(document: dict[str, Any], tmp_pa
 
     drawn = lab.described_warmup(document)
     assert drawn.png.startswith(b"\x89PNG")
-    for words in ("first compiled step: cold cache 8.00 s, warm cache 2.00 s (warm cache over cold cache x4.00", "just in time 1.00 s"):
+    for words in ("first compiled step: cold cache 8.00 s, warm cache 2.00 s (cold cache over warm cache x4.00 (4.00 to 4.00), warm cache faster in every round)", "just in time 1.00 s"):
         assert words in drawn.alt_text
     table = lab.warmup_table(document)
     assert len(table.rows) == len(document["results"]) and ("torch.compile", "first compiled step", "warm cache", "2.00 s", "2.00 s to 2.00 s", "x4.00 (4.00 to 4.00)") in table.rows
@@ -211,12 +215,14 @@ def test_what_only_a_gpu_has_is_measured_there(monkeypatch: pytest.MonkeyPatch, 
             return {"before_seconds": 1.0, "first_seconds": [0.5, 0.25], "later_seconds": [0.1, 0.1], "captures": [[1, 0.4]]}
         return {"own_seconds": [0.001], "sdpa_seconds": [0.003], "nbytes": 9, "largest_difference": 0.0, "sdpa_difference": 0.0}
 
-    found = lab.measure_warmup("model", options=lab.Options(rounds=1, device="cuda", parts=("attention", "graphs")), run=run)
+    found = lab.measure_warmup(tiny_checkpoint(tmp_path).path, options=lab.Options(rounds=1, device="cuda", parts=("attention", "graphs")), run=run)
     assert found["skipped"] == [] and found["machine"]["gpu"] == "Recording GPU"
     assert sorted((arguments["mode"], arguments["kernel"]) for task, arguments in asked if task == "graphs") == [(mode, kernel) for mode in ("eager", "lazy", "upfront") for kernel in (False, True)]
+    assert {row["nbytes"] for row in found["results"] if row["part"] == "attention"} == {9}
+    assert [row[4:] for row in lab.warmup_table(found, ["attention"]).rows] == [("one round", ""), ("one round", "x3.00 in one round")]
     rows = {(row["name"], row["state"]): row["seconds_median"] for row in found["results"]}
     assert rows["lazy, SDPA", "first steps of all batch sizes"] == 0.75 and rows["one layer", "our kernel"] == 0.001
-    assert "our kernel over SDPA with a mask x3.00" in lab.described_warmup(found).alt_text
+    assert "SDPA with a mask over our kernel x3.00 in one round" in lab.described_warmup(found).alt_text
 
 
 def test_attention_is_timed_against_sdpa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,3 +243,24 @@ def test_the_command_prints_one_document(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert [(row["name"], row["state"]) for row in json.loads(done.stdout)["results"]] == [("tokenizer", "first"), ("tokenizer", "again")]
     bad = CliRunner().invoke(app, ["bench", "warmup", "--part", "nonsense"])
     assert bad.exit_code == 2 and "there is no part" in bad.output
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLLM_MINI_WORK", str(tmp_path))
+    monkeypatch.setattr(measure_module, "run_child", None)  # no child is started
+    ended = run("bench", "warmup", tmp_path / "nope", "--part", "first calls", "--json")
+    assert ended.code == 1 and "nope" in ended.error["message"] and not ended.out
+    tiny = tiny_checkpoint(tmp_path).path
+    for model in (tiny, resource("data/models/tiny")):
+        ended = run("bench", "warmup", model, "--part", "memory profile", "--max-tokens", 100_000)
+        assert ended.code == 1 and "100,000 tokens was asked for, but this model's context is 2,048 tokens; ask for at most that with --max-tokens" in ended.err
+    assert lab.measure_warmup(tiny, options=lab.Options(rounds=1, parts=("kernels",), max_tokens=100_000), run=answers)["results"], "no part makes that many"
+
+
+def test_what_was_all_skipped_is_said_and_not_drawn(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLLM_MINI_WORK", str(tmp_path))
+    ended = run("bench", "warmup", "--part", "graphs", "--part", "attention")
+    assert ended.code == 0 and "every part that was asked for was skipped" in ended.out and "median" not in ended.out
+    assert "skipped: graphs: " in ended.out and "no CUDA graphs" in ended.out
+    ended = run("bench", "warmup", "--part", "graphs", "--picture", tmp_path / "x.png")
+    assert ended.code == 1 and "was not drawn" in ended.err and not (tmp_path / "x.png").exists()

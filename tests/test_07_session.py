@@ -180,7 +180,7 @@ def test_a_prompt_is_no_bytes_and_one_that_is_too_long_gets_one_sentence_of_ours
     engine = Engine(tiny("Llama"), tokenizer)
     for raw in (b"abc", bytearray(b"abc"), memoryview(b"abc")):
         with pytest.raises(ModelError, match="these are bytes: decode them to a text first"):
-            engine.generate(raw)  # type: ignore[arg-type]
+            engine.generate(raw)
     with pytest.raises(ModelError, match="but this model's context is"):
         engine.generate("word " * 5000)
     assert not tokenizer.deprecation_warnings, "transformers warned of indexing errors that cannot happen"

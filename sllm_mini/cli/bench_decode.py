@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def decode(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A checkpoint, a Hugging Face directory or a published shape.")] = "opt-125m",
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A checkpoint of ours, a Hugging Face directory with its configuration, or a published shape such as opt-125m.")] = "opt-125m",
     device: DeviceOption = "cpu",
     rounds: RoundsOption = 5,
     batch: Annotated[list[int] | None, typer.Option("--batch", min=1, max=256, metavar="N", help="Requests at once; repeatable. Default: 1 and 8.")] = None,
@@ -45,14 +45,15 @@ def _print(document: dict[str, Any]) -> None:
     console.print(f"{words}, prompts of {method['prompt_tokens']} and answers of {terminal.count(method['new_tokens'], 'token')} at most")
     console.print(_table(document))
     console.print("A ratio above 1: that way took longer than ours in the same round.", style="dim")
+    console.print("Every token of a lone request reads all weights once: the last column is what share of the answer's time that alone would be.", style="dim")
 
 
 def _table(document: dict[str, Any]) -> Table:
-    numbers = ("seconds", "min – max", "tokens/s", "over ours", "same tokens", "share of the limit")
+    numbers = ("seconds", "min – max", "tokens/s", "over ours", "same tokens", "reading the weights")
     made = terminal.table("requests and way", *numbers, numbers=numbers, title="Answers")
     for row in document["results"]:
         ratio = f"{row['ratio_to_ours_median']:.2f} ({row['ratio_to_ours_min']:.2f} – {row['ratio_to_ours_max']:.2f})"
-        share = "" if row["ratio_to_limit"] is None else f"{row['ratio_to_limit']:.2f} of reading the weights"
+        share = "" if row["ratio_to_limit"] is None else f"{row['ratio_to_limit']:.0%}"
         spread = f"{seconds_text(row['seconds_min'])} – {seconds_text(row['seconds_max'])}"
         made.add_row(row["name"], seconds_text(row["seconds_median"]), spread, f"{row['tokens_per_second_median']:.1f}", ratio, f"{row['same_tokens_share']:.0%}", share)
     return made

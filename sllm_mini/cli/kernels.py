@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,20 +13,29 @@ from sllm_mini.cli import terminal
 from sllm_mini.cli.terminal import JsonOption
 from sllm_mini.lab.units import nbytes_text, seconds_text
 
+if TYPE_CHECKING:
+    from sllm_mini.device.cuda import NvrtcCompiler
+
 
 def kernels(
     model: Annotated[list[Path] | None, typer.Argument(metavar="[MODEL]...", help="Checkpoints whose attention is built too; default: the shapes of Llama and OPT.")] = None,
-    arch: Annotated[list[str] | None, typer.Option("--arch", metavar="SM", help="Such as sm_90; repeatable. Default: this machine's GPU, or all that are named in the sources.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="Default: where the package looks first.", file_okay=False)] = None,
+    arch: Annotated[list[str] | None, typer.Option("--arch", metavar="SM", help="sm_ and the digits of a compute capability, such as sm_90 for 9.0; repeatable. Default: this machine's GPU, or all that are usual.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="Default: csrc/built of this installation, the one place where the package looks for what was built ahead; copy there what you build elsewhere.", file_okay=False)] = None,
     json: JsonOption = False,
 ) -> None:
-    """Compile the CUDA kernels ahead of time. Needs NVRTC and cupy, but no GPU."""
+    """Compile the CUDA kernels ahead of time. Needs NVRTC and cupy, but no GPU.
+
+    A start looks in csrc/built of the installation first, then in the cache (SLLM_MINI_KERNELS, or sllm_mini/kernels in the user's cache folder), and compiles only then.
+    """
     from sllm_mini.device.cuda import NvrtcCompiler
     from sllm_mini.device.kernels_image import KernelFolders, Recipe, build_ahead
     from sllm_mini.errors import ResourceError, UnsupportedError
     from sllm_mini.inference.attention import SOURCE
     from sllm_mini.resources import resource
 
+    for architecture in arch or ():
+        if not re.fullmatch(r"sm_\d{2,3}", architecture):
+            raise typer.BadParameter(f"--arch {architecture} names no architecture of a GPU; give sm_ and the digits of its compute capability, such as sm_90 for 9.0")
     folder = out or next(iter(KernelFolders.of_user().ahead), None)
     if folder is None:
         raise ResourceError("this installation has no kernels; name a folder with --out and run from a checkout")
@@ -36,12 +46,33 @@ def kernels(
     for architecture in arch or _architectures():
         recipes += [Recipe.of(sources / name, (), architecture) for name in ("sum64.cu", "xxh3_leaves.cu")]
         recipes += [Recipe.of(sources / SOURCE, options, architecture) for options in _attention_options(model)]
-    for recipe, path, seconds in build_ahead(recipes, folder, NvrtcCompiler()):
+    compiler = NvrtcCompiler()
+    if arch:
+        _check_known(arch, compiler)
+    for recipe, path, seconds in build_ahead(recipes, folder, compiler):
         built.append({"source": recipe.source.name, "options": list(recipe.options), "architecture": recipe.architecture, "path": str(path), "nbytes": path.stat().st_size, "seconds": seconds})
         if not json:
             terminal.stdout_console().print(f"{recipe.source.name} {' '.join(recipe.options)} for {recipe.architecture}: {nbytes_text(path.stat().st_size)} in {seconds_text(seconds)}")
     if json:
         terminal.emit_json({"folder": str(folder), "built": built})
+
+
+def _check_known(asked: list[str], compiler: NvrtcCompiler) -> None:
+    """Raises UnsupportedError for an architecture that this compiler does not make code for."""
+    from sllm_mini.errors import UnsupportedError
+
+    version = compiler.version  # raises where there is no NVRTC
+    known = [f"sm_{number}" for number in _supported()]
+    for architecture in asked:
+        if architecture not in known:
+            raise UnsupportedError(f"--arch {architecture}: {version} makes no code for it; choose among {', '.join(known)}")
+
+
+def _supported() -> tuple[int, ...]:
+    from cupy.cuda import nvrtc
+
+    found: tuple[int, ...] = nvrtc.getSupportedArchs()
+    return found
 
 
 def _architectures() -> tuple[str, ...]:

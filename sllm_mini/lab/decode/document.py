@@ -1,8 +1,9 @@
 """The JSON document of `bench decode`: tokens per second of each way, and ratios taken round by round. Pure but for reading.
 
 `ratio_to_ours` of another way is its seconds over ours in the same round: 1.2 took a fifth longer. A batch of one has a
-floor: each new token reads every weight once, so `ratio_to_limit` of such a row is the seconds to read the weights, as
-measured in the same run by adding all of them up, over those of a decode step (prefill counts as one). Shown in chapter 07.
+floor: each new token reads every weight once, so `ratio_to_limit` of such a row is the least seconds in which the weights
+were read in the same run, by adding all of them up, over those of a decode step (prefill counts as one): a share, at most 1,
+and None where a step took less than that, so that it was no floor. Shown in chapter 07.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def assemble(
     loads: Sequence[Workload], samples: Samples, same_tokens: Mapping[tuple[str, Variant], float], read_seconds: Sequence[float], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The document. `same_tokens` is the share of tokens that equal ours up to the first that differs; `facts` pass through."""
-    limit = statistics.median(read_seconds)
+    limit = min(read_seconds)
     rows = []
     for load in loads:
         ours = samples[load.name, OURS]
@@ -37,6 +38,7 @@ def assemble(
             seconds = samples[name, variant]
             ratios = [other / our for other, our in zip(seconds, ours, strict=True)]
             median = statistics.median(seconds)
+            share = limit * load.new_tokens / median
             rows.append(
                 {
                     "name": f"{LABELS[variant]}, {load.name}", "variant": variant, "workload": load.name, "state": "resident", "requests": len(load.requests),
@@ -45,7 +47,7 @@ def assemble(
                     "tokens_per_second_median": load.new_tokens / median,
                     "ratio_to_ours_median": statistics.median(ratios), "ratio_to_ours_min": min(ratios), "ratio_to_ours_max": max(ratios),
                     "same_tokens_share": same_tokens[name, variant],
-                    "ratio_to_limit": limit * load.new_tokens / median if len(load.requests) == 1 else None,
+                    "ratio_to_limit": share if len(load.requests) == 1 and share <= 1 else None,
                 }
             )  # fmt: skip
     return {"kind": KIND, **facts, "limits": {"weights_read_seconds": limit}, "results": rows, "skipped": []}

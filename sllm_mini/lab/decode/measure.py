@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from sllm_mini.checkpoint import Checkpoint
+from sllm_mini.checkpoint.shapes import SHAPES
 from sllm_mini.device import get_device
+from sllm_mini.errors import CheckpointError
 from sllm_mini.lab.bench.checksum import sum_tensors
 from sllm_mini.lab.decode.document import OURS, assemble
 from sllm_mini.lab.decode.variants import VARIANTS, Answers, Variant, opened
@@ -29,6 +31,8 @@ from sllm_mini.loading import load_tensors
 from sllm_mini.loading.probe import measure_machine
 
 DEFAULT_MODEL = "opt-125m"
+_READS = 3
+"""How often each round reads all weights: the least of them is the floor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +66,11 @@ def measure_decode(
     """Measures one model; returns the document (see `document`).
 
     `model`: a checkpoint of ours, a Hugging Face directory or a published shape; `folder` and `keep` as for
-    `measure_overlap`. Raises CheckpointError for an unknown model, ModelError where a way gives no answer.
+    `measure_overlap`. Raises CheckpointError for an unknown model and for one without a configuration, before anything is made,
+    and ModelError where a way gives no answer.
     """
     options = options or Options()
+    _check_model(os.fspath(model))
     root = Path(folder) if folder is not None else workspace() / "bench"
     say = on_stage or (lambda _: None)
     with prepared_checkpoint(os.fspath(model), root, keep, say) as (checkpoint, weights):
@@ -82,6 +88,15 @@ def measure_decode(
         return _run(checkpoint, options, facts, say)
 
 
+def _check_model(name: str) -> None:
+    """Raises CheckpointError for what is no model that can answer: weights alone, such as the benches' "small", are none."""
+    if not Path(name).is_dir():
+        if name not in SHAPES:
+            raise CheckpointError(f"it is no directory, and no model that can answer has that name; name a checkpoint, a Hugging Face directory, or one of {', '.join(SHAPES)}", path=name)
+    elif not (Path(name) / "config.json").is_file():
+        raise CheckpointError("it holds no config.json, without which nobody knows what to compute; put the model's own there", path=name)
+
+
 def _run(checkpoint: Checkpoint, options: Options, facts: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     loads = workloads(options.batches, options.prompt_tokens, options.new_tokens, options.seed)
     largest = max(loads, key=lambda load: len(load.requests) * load.new_tokens)
@@ -94,6 +109,7 @@ def _run(checkpoint: Checkpoint, options: Options, facts: dict[str, Any], say: C
             say(f"loading for {variant}")
             runs[variant] = stack.enter_context(opened(variant, checkpoint, options.device, largest))
         weights = load_tensors(checkpoint, options.device)
+        sum_tensors(weights.values())  # untimed: the first starts threads and touches pages
         first: dict[tuple[str, Variant], Answers] = {}
         for load in loads:
             for variant in chosen:
@@ -111,9 +127,10 @@ def _run(checkpoint: Checkpoint, options: Options, facts: dict[str, Any], say: C
                 runs[variant](by_name[name])
                 device.synchronize()
                 samples[name, variant].append(time.monotonic() - started)
-            started = time.monotonic()
-            sum_tensors(weights.values())
-            reads.append(time.monotonic() - started)
+            for _ in range(_READS):
+                started = time.monotonic()
+                sum_tensors(weights.values())
+                reads.append(time.monotonic() - started)
     same = {(name, variant): _same_share(answers, first[name, OURS]) for (name, variant), answers in first.items()}
     return assemble(loads, samples, same, reads, facts)
 

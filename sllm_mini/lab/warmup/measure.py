@@ -21,11 +21,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sllm_mini.checkpoint import convert_checkpoint
+from sllm_mini.checkpoint import Checkpoint, convert_checkpoint, open_checkpoint
 from sllm_mini.device import get_device, why_no_cuda
 from sllm_mini.device.cuda import CudaDevice
 from sllm_mini.device.kernels_image import State
-from sllm_mini.errors import DeviceError, FormatError, ModelError, SllmError
+from sllm_mini.errors import DeviceError, ModelError, SllmError
+from sllm_mini.lab.bench.document import read_document
 from sllm_mini.lab.children import last_line
 from sllm_mini.lab.models import tiny_checkpoint, workspace
 from sllm_mini.lab.warmup.child import FIRST_CALLS
@@ -34,6 +35,8 @@ from sllm_mini.loading.probe import measure_machine
 KIND = "sllm-mini bench warmup"
 CHILD = "sllm_mini.lab.warmup.child"
 PARTS = ("first calls", "torch.compile", "kernels", "memory profile", "attention", "graphs")
+_OF_MAX_TOKENS = frozenset({"memory profile", "graphs"})
+"""Parts that make a sequence of `max_tokens` with the model."""
 FIRST, AGAIN = "first", "again"
 COLD, WARM, EAGER, COMPILED = "cold cache", "warm cache", "eager step", "compiled step"
 _PATIENCE_SECONDS = 600.0
@@ -104,19 +107,24 @@ def measure_warmup(
     run: Run = run_child,
 ) -> dict[str, Any]:
     """Measures and returns the document. `model`: a checkpoint, or a Hugging Face directory that is converted for the run
-    (default: the tiny trained one). Raises what converting raises, DeviceError for a device that is not there; a part that
-    fails goes to `skipped`."""
+    (default: the tiny trained one). Raises what opening or converting raises, DeviceError for a device that is not there and
+    ModelError for a worst case that the model's context does not hold, before anything is measured; a part that fails later
+    goes to `skipped`."""
     options = options or Options()
     device = get_device(options.device)
     given = Path(model) if model is not None else tiny_checkpoint().path
     say = on_stage or (lambda _: None)
     samples = Samples()
     with tempfile.TemporaryDirectory(dir=workspace(), prefix=".warmup-") as made:
-        checkpoint = given
         if (given / "config.json").exists() and not (given / "index.json").exists():
+            _check_length((given / "config.json").read_bytes(), options)
             say(f"converting {given.name}")
-            checkpoint = convert_checkpoint(given, Path(made) / given.name).path
-        units = list(_units(checkpoint, device.name, options, Path(made), samples, run))
+            checkpoint = convert_checkpoint(given, Path(made) / given.name)
+        else:
+            checkpoint = open_checkpoint(given)
+            if any(companion.file == "config.json" for companion in checkpoint.index.companions):
+                _check_length(checkpoint.read_companion("config.json"), options)
+        units = list(_units(checkpoint.path, device.name, options, Path(made), samples, run))
         generator = random.Random(options.seed)
         failed: set[str] = set()
         for number in range(options.rounds):
@@ -134,12 +142,28 @@ def measure_warmup(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command) or [Path(sys.argv[0]).name, *sys.argv[1:]],
         "machine": asdict(measure_machine(workspace())) | {"gpu": device.properties().model if isinstance(device, CudaDevice) else None},
-        "model": {"name": given.name},
+        "model": {"name": given.name, "dtype": _dtype(checkpoint)},
         "method": asdict(options) | {"sample": "one fresh process; imports and loading are not timed"},
         "limits": {},
         "results": [_row(key, samples.seconds[key], samples.facts[key]) for key in sorted(samples.seconds, key=_place)],
         "skipped": [{"name": name, "reason": reason} for name, reason in samples.skipped.items()],
     }
+
+
+def _check_length(config: bytes, options: Options) -> None:
+    """Raises ModelError where a part would make a sequence that is longer than the model's context."""
+    found = json.loads(config)
+    limit = found.get("max_position_embeddings") or found.get("n_positions")
+    if limit is not None and options.max_tokens > limit and not _OF_MAX_TOKENS.isdisjoint(options.parts):
+        raise ModelError(f"a worst case of {options.max_tokens:,} tokens was asked for, but this model's context is {limit:,} tokens; ask for at most that with --max-tokens")
+
+
+def _dtype(checkpoint: Checkpoint) -> str:
+    """The type that most of the weights' bytes have."""
+    nbytes: dict[str, int] = {}
+    for tensor in checkpoint.index.tensors:
+        nbytes[tensor.dtype] = nbytes.get(tensor.dtype, 0) + tensor.nbytes
+    return max(nbytes, key=lambda dtype: nbytes[dtype], default="")
 
 
 Unit = tuple[str, str, Callable[[int], None]]
@@ -253,20 +277,14 @@ def _place(key: tuple[str, str, str]) -> tuple[int, int]:
 def _row(key: tuple[str, str, str], seconds: Sequence[float], facts: Mapping[str, Any]) -> dict[str, Any]:
     part, name, state = key
     return {
-        "part": part, "name": name, "state": state, "nbytes": 0, "samples": list(seconds), "seconds_median": statistics.median(seconds),
+        "part": part, "name": name, "state": state, "nbytes": facts.get("nbytes"), "samples": list(seconds), "seconds_median": statistics.median(seconds),
         "seconds_min": min(seconds), "seconds_max": max(seconds), "facts": dict(facts),
     }  # fmt: skip
 
 
 def read_warmup(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A saved document. Raises FormatError for a file that is not one, OSError if it cannot be read."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"it is not JSON ({error})", path=path) from error
-    if not isinstance(document, dict) or document.get("kind") != KIND:
-        raise FormatError(f"it is not what `{KIND} --save` writes", path=path)
-    return document
+    return read_document(path, KIND)
 
 
 def rows_of(document: Mapping[str, Any], part: str) -> list[dict[str, Any]]:

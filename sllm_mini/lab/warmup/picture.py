@@ -54,9 +54,14 @@ def factor_of(document: Mapping[str, Any], part: str, name: str) -> Factor:
     return Factor(median(ratios), min(ratios), max(ratios))
 
 
-def factor_text(factor: Factor, rounds: int) -> str:
-    """A factor with its bracket and verdict; one round has neither."""
-    return f"x{factor.median:.2f} in one round" if rounds == 1 else f"{factor}, {factor.verdict}"
+def factor_text(factor: Factor, rounds: int, whose: str = "") -> str:
+    """A factor with its bracket and verdict, on whom (`whose`) where that is not plain; one round has neither."""
+    return bracketed(factor, rounds) if rounds == 1 else f"{factor}, {whose}{factor.verdict}"
+
+
+def bracketed(factor: Factor, rounds: int) -> str:
+    """A factor with its bracket, which one round does not have."""
+    return f"x{factor.median:.2f} in one round" if rounds == 1 else str(factor)
 
 
 def plot_part(document: Mapping[str, Any], part: str, ax: Axes | None = None) -> Axes:
@@ -131,7 +136,8 @@ def warmup_alt_text(document: Mapping[str, Any], parts: Sequence[str] = ()) -> s
             words = f"{name}: " + ", ".join(f"{row['state']} {seconds_text(row['seconds_median'])}" for row in own)
             if part in PAIRS and {row["state"] for row in own} >= set(PAIRS[part]):
                 factor = factor_of(document, part, name)
-                words += f" ({PAIRS[part][1]} over {PAIRS[part][0]} {factor_text(factor, len(own[0]['samples']))})"
+                pays, prepared = PAIRS[part]
+                words += f" ({pays} over {prepared} {factor_text(factor, len(own[0]['samples']), f'{prepared} ')})"
             said.append(f"{words}.")
     return " ".join(said)
 
@@ -142,8 +148,9 @@ def warmup_table(document: Mapping[str, Any], parts: Sequence[str] = ()) -> Tabl
     for part in parts or PARTS:
         for row in rows_of(document, part):
             prepared = part in PAIRS and row["state"] == PAIRS[part][1]
-            spread = f"{seconds_text(row['seconds_min'])} to {seconds_text(row['seconds_max'])}"
-            sooner = str(factor_of(document, part, row["name"])) if prepared else ""
+            rounds = len(row["samples"])
+            spread = f"{seconds_text(row['seconds_min'])} to {seconds_text(row['seconds_max'])}" if rounds > 1 else "one round"
+            sooner = bracketed(factor_of(document, part, row["name"]), rounds) if prepared else ""
             rows.append((part, row["name"], row["state"], seconds_text(row["seconds_median"]), spread, sooner))
     headers = ("part", "what", "state", "median", "least to most", "sooner (rounds)")
     return Table(headers, tuple(rows), numeric=frozenset({3, 4, 5}), note="Each sample is a fresh process; ratios are of one round.")
@@ -154,5 +161,5 @@ def kernels_table(document: Mapping[str, Any]) -> Table:
     rows = []
     for row in rows_of(document, "kernels"):
         steps = ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in row["facts"]["seconds"].items())
-        rows.append((row["state"], seconds_text(row["seconds_median"]), steps, nbytes_text(row["facts"]["nbytes"])))
+        rows.append((row["state"], seconds_text(row["seconds_median"]), steps, nbytes_text(row["facts"]["image_nbytes"])))
     return Table(("state", "median", "of which (last round)", "machine code"), tuple(rows), numeric=frozenset({1, 3}))

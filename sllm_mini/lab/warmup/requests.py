@@ -1,7 +1,7 @@
 """The first request to a loaded model, straight away or after a dummy request: warm-up as work that is done earlier.
 
-A dummy request is the usual warm-up of an engine (DeepServe, ATC'25, sends one): it saves no work, it moves it to where
-nobody waits. Each sample is a fresh process, both kinds take turns; the model is the tiny trained one unless another is
+A dummy request is the usual warm-up of an engine (DeepServe, ATC'25, sends one). It adds work, that of a whole request, so
+that what only a first one does is done where nobody waits. Each sample is a fresh process, both kinds take turns; the model is the tiny trained one unless another is
 given. Shown in chapter 06.
 """
 
@@ -19,6 +19,7 @@ from sllm_mini.lab.ladder.plots import Factor
 from sllm_mini.lab.style import color_of, darker, use_style
 from sllm_mini.lab.units import seconds_text
 from sllm_mini.lab.warmup.measure import Run, run_child
+from sllm_mini.lab.warmup.picture import factor_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,8 +104,13 @@ def plot_requests(found: Sequence[FirstRequest], ax: Axes | None = None) -> Axes
 def requests_text(found: Sequence[FirstRequest]) -> str:
     """What the bars show, in words."""
     medians: Mapping[str, tuple[float, float]] = request_medians(found)
-    factor, dummy = request_factor(found), medians[AFTER_DUMMY][0]
-    return (
-        f"First token {seconds_text(medians[STRAIGHT][1])} after a request that comes straight away, {seconds_text(medians[AFTER_DUMMY][1])} after a dummy request, {factor}, "
-        f"{factor.verdict}; the dummy request itself took {seconds_text(dummy)}. The same request again: {seconds_text(medians['the same again'][1])}."
+    factor, dummy, rounds = request_factor(found), medians[AFTER_DUMMY][0], len(found) // 2
+    said = (
+        f"First token {seconds_text(medians[STRAIGHT][1])} after a request that comes straight away, {seconds_text(medians[AFTER_DUMMY][1])} after a dummy request, "
+        f"{factor_text(factor, rounds)}. The same request again: {seconds_text(medians['the same again'][1])}."
     )
+    if factor.least <= 1 and rounds > 1:
+        return f"{said} The dummy request took {seconds_text(dummy)}; whether it spared the next one anything, these rounds do not tell."
+    straight, after = ([one.first_seconds for one in found if one.kind == kind] for kind in (STRAIGHT, AFTER_DUMMY))
+    spared = median(slow - fast for slow, fast in zip(straight, after, strict=True))
+    return f"{said} The dummy request took {seconds_text(dummy)}, before anyone waited, and spared the next one {seconds_text(spared)} (medians of the rounds)."
