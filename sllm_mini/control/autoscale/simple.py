@@ -65,7 +65,7 @@ class TargetConcurrency:
         if now - since >= self.tick_seconds:  # one step from what is there, held until the next tick
             allowed = there + (wanted > there)
             self._step[model.spec.name] = now, allowed
-        return within(model, allowed)
+        return within(model, min(allowed, max(wanted, there)))  # what the keep-alive has let go since then is not started again unasked
 
     def admits(self, model: ModelState, now: float) -> bool:
         return True

@@ -1,0 +1,347 @@
+"""The controller: one event in, the actions that follow from it out. The same object runs under every driver of `cluster`.
+
+    controller = Controller(placement, keep_alive, autoscaler)
+    actions = controller.handle(RequestArrived(0, "opt-1.3b", 20), now=3.5)
+
+Deterministic: ids come from counters, time is an argument, and what is walked over is in an order that does not depend on
+chance, so that replaying a recorded log gives the recorded actions (`replay`). What an older decision left behind (another
+epoch, an unknown id, a timer that was given up) is ignored. A request that a driver has ended just before it is told to
+migrate or preempt it must therefore be reported again, with the new epoch.
+
+Requests of a model are served in order of arrival: what was interrupted comes back to its old place in the queue. Where
+something becomes free, models that are short of instances are asked again, longest wait first; after one that found no
+room anywhere, those that need no less are not asked. Raises SllmError where a policy returns what cannot be.
+Pure; one thread at a time. A warm request (arrival and finish) costs some ten microseconds and what the policies take;
+nothing is walked over but what is changed, and nothing grows with the number of requests served. Taught in chapter 08.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from msgspec import msgpack
+
+from sllm_mini.control import messages as m
+from sllm_mini.control.cluster import Cluster
+from sllm_mini.control.controller_plans import Plans
+from sllm_mini.control.controller_saved import load, save
+from sllm_mini.control.controller_scale import Scaling
+from sllm_mini.control.controller_timers import Timers, Wake
+from sllm_mini.control.controller_warmth import Warming
+from sllm_mini.control.estimate import Estimator
+from sllm_mini.control.policy import Autoscaler, KeepAlive, Placement
+from sllm_mini.control.state import ModelState, Phase, RequestState
+from sllm_mini.types import Warmth
+
+
+class Controller:
+    """`max_failures` of one request, or starts of a model in a row that fail, before an error is the answer. After a start
+    that failed the model waits `retry_seconds`, twice as long each time, before the next."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        keep_alive: KeepAlive,
+        autoscaler: Autoscaler,
+        estimator: Estimator | None = None,
+        *,
+        max_failures: int = 3,
+        retry_seconds: float = 1.0,
+    ) -> None:
+        if max_failures < 1 or not retry_seconds > 0:
+            raise ValueError(f"{max_failures} failures and {retry_seconds} s cannot be; give at least 1 and more than 0 s")
+        self.placement, self.keep_alive, self.autoscaler, self.estimator = placement, keep_alive, autoscaler, estimator
+        self.max_failures, self.retry_seconds = max_failures, retry_seconds
+        self.now = float("-inf")
+        self._build(Cluster())
+        # One method for each event, named as it is: `RequestArrived` goes to `_request_arrived`.
+        self._handlers: dict[type, Callable[[Any, float], None]] = {
+            event: getattr(self, re.sub("[A-Z]", lambda capital: "_" + capital[0].lower(), event.__name__)) for event in m.Event.__subclasses__()
+        }
+
+    def _build(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self._actions: list[m.AnyAction] = []
+        self.timers = Timers(self._actions)
+        self.warming = Warming(cluster, self.keep_alive, self.timers, self._actions)
+        self.plans = Plans(cluster, self.warming, self.keep_alive, self.estimator, self._actions)
+        self.scaling = Scaling(cluster, self.plans, self.warming, self.placement, self.autoscaler)
+
+    def handle(self, event: m.AnyEvent, now: float) -> list[m.AnyAction]:
+        """What is to be done about it, in order. A `now` before an earlier one counts as that one."""
+        actions, plans, warming = self._actions, self.plans, self.warming
+        actions.clear()
+        if now < self.now:
+            now = self.now
+        self.now = now
+        self._handlers[type(event)](event, now)
+        if plans.ask:
+            self.scaling.ask_all(now)
+        if warming.freed:
+            warming.freed = False
+            if self.cluster.short():
+                self.scaling.retry(now)
+        return actions.copy()
+
+    # To be saved, and to go on elsewhere
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that it knows as plain data, to print and to compare; not what its policies have learned."""
+        return {"now": self.now, "cluster": self.cluster.snapshot()} | save(self.timers, self.warming, self.plans)
+
+    def to_bytes(self) -> bytes:
+        """Between two events. Policies and estimators that learn may offer `save() -> bytes` and `restore(bytes)`, and are
+        saved with it; those that do not begin anew."""
+        learned = [part.save() if hasattr(part, "save") else None for part in self._parts()]
+        return msgpack.encode(self.snapshot() | {"learned": learned})
+
+    def restore(self, data: bytes) -> None:
+        """Becomes what `to_bytes` was called on; made with the same policies and options, and without a past."""
+        saved = msgpack.decode(data)
+        self.now = saved["now"]
+        self._build(Cluster.from_snapshot(saved["cluster"]))
+        load(saved, self.timers, self.warming, self.plans)
+        for part, learned in zip(self._parts(), saved["learned"], strict=True):
+            if learned is not None:
+                part.restore(learned)
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self.placement, self.keep_alive, self.autoscaler, self.estimator
+
+    # Nodes, models, stores
+
+    def _node_joined(self, event: m.NodeJoined, now: float) -> None:
+        self._node_lost(m.NodeLost(event.node.name), now)  # one of that name has started anew
+        self.cluster.add_node(event.node)
+        self.warming.freed = True
+
+    def _node_lost(self, event: m.NodeLost, now: float) -> None:
+        node = self.cluster.nodes.get(event.node)
+        if node is not None:
+            self.plans.lose(list(node.instances.values()), now)
+            self.cluster.remove_node(event.node)
+
+    def _model_deployed(self, event: m.ModelDeployed, now: float) -> None:
+        known = self.cluster.models.get(event.model.name)
+        for pending in [] if known is None or known.spec == event.model else list(self.plans.pending.values()):
+            if pending.model == event.model.name:  # what it has booked is by the old figures
+                self.plans.abandon(pending, now)
+        model = self.cluster.add_model(event.model)
+        self.warming.deployed(model, now)
+        self.plans.ask[event.model.name] = True
+
+    def _model_deleted(self, event: m.ModelDeleted, now: float) -> None:
+        model = self.cluster.models.get(event.model)
+        if model is not None:
+            model.deleted = True
+            for instance in [each for each in model.instances.values() if each.idle_since is not None]:
+                self.warming.descend(instance, Warmth.COLD, now)
+            if event.model in self.cluster.models:
+                self.warming.forget(model)
+
+    def _cached(self, event: m.Cached, now: float) -> None:
+        if event.node in self.cluster.nodes:
+            self.cluster.cached(event.node, event.model, event.tier)
+
+    def _evicted(self, event: m.Evicted, now: float) -> None:
+        if event.node in self.cluster.nodes:
+            self.cluster.evicted(event.node, event.model, event.tier)
+
+    # Requests
+
+    def _request_arrived(self, event: m.RequestArrived, now: float) -> None:
+        cluster = self.cluster
+        if event.request in cluster.requests:
+            return
+        model = cluster.models.get(event.model)
+        if model is None or model.deleted:
+            self._actions.append(m.Refuse(event.request, f"404: there is no model {event.model}; deploy it first"))
+            return
+        if not self.autoscaler.admits(model, now):
+            self._actions.append(m.Refuse(event.request, f"429: too many requests wait for model {event.model}; try again later"))
+            return
+        warmth = cluster.warmest(model)
+        request = cluster.add_request(event.request, model, event.input_tokens, event.prefix, now)
+        instance = self.scaling.choose(model, request, now) if model.open and not model.queue else None
+        if instance is not None:
+            self.plans.assign(request, instance, model, now)
+        else:
+            cluster.enqueue(request, model)
+            if model.open:
+                self.scaling.serve(model, now)
+            if self.autoscaler.queue_seconds is not None and model.patience is None:
+                model.patience = self.timers.set(Wake.PATIENCE, event.model, now + self.autoscaler.queue_seconds)
+        self.warming.arrived(model, warmth, now)
+        model.arrivals += 1
+        model.last_arrival = now
+        self.autoscaler.observe(model, now)
+        if model.tick is None and self.autoscaler.tick_seconds is not None:
+            model.tick = self.timers.set(Wake.TICK, event.model, now + self.autoscaler.tick_seconds)
+        self.scaling.grow(model, now, True)
+
+    def _request_progressed(self, event: m.RequestProgressed, now: float) -> None:
+        request = self._current(event.request, event.epoch)
+        if request is not None:
+            request.output_tokens = event.output_tokens
+
+    def _request_finished(self, event: m.RequestFinished, now: float) -> None:
+        request = self._current(event.request, event.epoch)
+        if request is not None:
+            if self.estimator is not None:
+                spec = self.cluster.models[request.model].spec
+                self.estimator.observe_finished(request, spec, event.output_tokens, event.seconds)
+            self._end(request, now)
+
+    def _request_failed(self, event: m.RequestFailed, now: float) -> None:
+        request = self._current(event.request, event.epoch)
+        if request is None:
+            return
+        instance = self.cluster.instances[request.instance]  # type: ignore[index]
+        if self._blame(request, now, "it failed"):
+            return
+        self.plans.requeue(request, now)
+        self.plans.settle(instance, now)
+
+    def _request_cancelled(self, event: m.RequestCancelled, now: float) -> None:
+        request = self.cluster.requests.get(event.request)
+        if request is not None:
+            self._end(request, now)
+
+    def _current(self, id: int, epoch: int) -> RequestState | None:
+        """The running request that an event is about, unless it comes from before the last decision about it."""
+        request = self.cluster.requests.get(id)
+        return None if request is None or request.epoch != epoch or request.phase == Phase.QUEUED else request
+
+    def _blame(self, request: RequestState, now: float, what: str, settle: bool = True) -> bool:
+        """It has failed once more; True where that was once too often, and it was refused."""
+        request.failures += 1
+        if request.failures < self.max_failures:
+            return False
+        self._actions.append(m.Refuse(request.id, f"500: {what} {request.failures} times"))
+        self._end(request, now, settle)
+        return True
+
+    def _end(self, request: RequestState, now: float, settle: bool = True) -> None:
+        """It is answered, refused or not wanted any more: what it had goes to the next, where its instance lives (`settle`)."""
+        cluster = self.cluster
+        model = cluster.models[request.model]
+        del cluster.requests[request.id]
+        if request.phase == Phase.QUEUED:
+            cluster.dequeue(request, model)
+        else:
+            instance = cluster.instances[request.instance]  # type: ignore[index]
+            target = cluster.unmove(request)
+            cluster.leave(request)
+            if settle:
+                self.plans.settle(instance, now)
+            if target is not None:
+                self.plans.settle(target, now)
+        self.autoscaler.observe(model, now)
+        if model.deleted and request.model in cluster.models:
+            self.warming.forget(model)
+
+    # Instances
+
+    def _instance_reached(self, event: m.InstanceReached, now: float) -> None:
+        cluster = self.cluster
+        instance = cluster.instances.get(event.instance)
+        if instance is None or instance.epoch != event.epoch or not instance.climbing or instance.id in self.plans.pending:
+            return
+        node, model = cluster.nodes[instance.node], cluster.models.get(instance.spec.name)
+        if model is not None and instance.target == Warmth.READY:
+            model.failed_starts = 0
+            if self.estimator is not None:
+                self.estimator.observe_start(
+                    node, model, instance.warmth, event.tier, event.seconds, event.queued_seconds, instance.predicted_seconds, instance.parts
+                )
+        instance.reached_from = event.tier
+        cluster.reached(instance)
+        if not node.climbing and node.loads_until > now:
+            cluster.set_loads_until(node, now)
+        self.plans.migrate_to(instance, now)
+        self.plans.settle(instance, now)
+        self.warming.freed = True
+
+    def _instance_failed(self, event: m.InstanceFailed, now: float) -> None:
+        instance = self.cluster.instances.get(event.instance)
+        if instance is None or instance.epoch != event.epoch:
+            return
+        model = self.cluster.models.get(instance.spec.name)
+        starting = instance.target == Warmth.READY and instance.climbing and instance.id not in self.plans.pending
+        for request in list(instance.requests.values()):
+            self._blame(request, now, f"its instance failed ({event.reason})", settle=False)
+        self.plans.lose([instance], now)
+        if starting and model is not None and model.spec.name in self.cluster.models:
+            self._start_failed(model, event.reason, now)
+
+    def _start_failed(self, model: ModelState, reason: str, now: float) -> None:
+        model.failed_starts += 1
+        if model.failed_starts >= self.max_failures and not model.ready and not model.starting:
+            for request in list(model.queue):
+                self._actions.append(m.Refuse(request.id, f"503: model {request.model} did not start ({reason})"))
+                self._end(request, now)
+            model.failed_starts = 0
+        if model.spec.name in self.cluster.models and not model.held_back:
+            model.held_back = True
+            wait = self.retry_seconds * 2 ** max(0, model.failed_starts - 1)
+            self.timers.set(Wake.RETRY, model.spec.name, now + wait)
+
+    def _migration_finished(self, event: m.MigrationFinished, now: float) -> None:
+        request = self._current(event.request, event.epoch)
+        if request is None or request.phase != Phase.MIGRATING:
+            return
+        source = self.cluster.instances[request.instance]  # type: ignore[index]
+        request.output_tokens = event.output_tokens
+        if self.estimator is not None:
+            self.estimator.observe_migration(request, event.output_tokens, event.seconds, request.predicted_seconds)
+        self.cluster.moved(request)
+        self.plans.settle(source, now)
+
+    def _migration_failed(self, event: m.MigrationFailed, now: float) -> None:
+        request = self._current(event.request, event.epoch)
+        if request is not None and request.phase == Phase.MIGRATING:
+            self.plans.failed(request, now)
+
+    # Timers
+
+    def _timer_fired(self, event: m.TimerFired, now: float) -> None:
+        timer = self.timers.fired(event.timer)
+        if timer is None:
+            return
+        if timer.wake is Wake.REST:
+            self.warming.due(self.cluster.instances[timer.key], now)  # type: ignore[index]
+        elif timer.wake is Wake.PREWARM:
+            missing = self.warming.prewarm_due(timer, now)
+            if missing is not None:
+                self.scaling.prewarm(missing[0], Warmth(timer.warmth), missing[1], now)
+        elif (model := self.cluster.models.get(str(timer.key))) is None:
+            return
+        elif timer.wake is Wake.RETRY:
+            model.held_back = False
+            self.scaling.ask(model.spec.name, now, True)
+        elif timer.wake is Wake.PATIENCE:
+            model.patience = None
+            self._lose_patience(model, now)
+        else:
+            model.tick = None
+            self.scaling.grow(model, now, True)
+            if self.autoscaler.scales_down:
+                self.scaling.shrink(model, now)
+                if model.spec.name not in self.cluster.models:
+                    return
+            if self.autoscaler.tick_seconds is not None and (model.running or model.queue or model.instances):
+                model.tick = self.timers.set(Wake.TICK, model.spec.name, now + self.autoscaler.tick_seconds)
+
+    def _lose_patience(self, model: ModelState, now: float) -> None:
+        """Requests that have queued too long are refused; what has run before and came back to the queue is not."""
+        patience = self.autoscaler.queue_seconds
+        if patience is None:
+            return
+        for request in [each for each in model.queue if not each.epoch]:
+            if request.arrived + patience > now:
+                model.patience = self.timers.set(Wake.PATIENCE, model.spec.name, request.arrived + patience)
+                return
+            self._actions.append(m.Refuse(request.id, f"429: it has waited {now - request.arrived:g} s for model {request.model}; try again later"))
+            self._end(request, now)

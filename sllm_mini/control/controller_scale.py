@@ -1,0 +1,127 @@
+"""How the controller asks its policies: which instance takes a request, how many there should be, where the next one starts.
+
+Part of `controller`; taught in chapters 08 and 10. A model that gets no instance is remembered as short of one, and asked
+again when something is freed. One retry asks until nothing fits any more: its cost grows with the number of different needs
+(devices, bytes) that wait and with what is placed, not with the number of models.
+"""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heappush
+
+from msgspec import structs
+
+from sllm_mini.control.cluster import Cluster
+from sllm_mini.control.controller_plans import Plans
+from sllm_mini.control.controller_warmth import Warming
+from sllm_mini.control.policy import Autoscaler, Placement
+from sllm_mini.control.state import InstanceState, ModelState, RequestState
+from sllm_mini.errors import SllmError
+from sllm_mini.types import Warmth
+
+
+class Scaling:
+    """Between the policies and `Plans`."""
+
+    def __init__(self, cluster: Cluster, plans: Plans, warming: Warming, placement: Placement, autoscaler: Autoscaler) -> None:
+        self._cluster, self._plans, self._warming, self._placement, self._autoscaler = cluster, plans, warming, placement, autoscaler
+
+    def prewarm(self, model: ModelState, warmth: Warmth, count: int, now: float) -> None:
+        """Where a placement would start it, were memory all that it needs below DEVICE; nothing gives way for a guess."""
+        asked, spec = model, model.spec
+        if warmth < Warmth.DEVICE:
+            nbytes = spec.nbytes if warmth == Warmth.DRAM else 0
+            runtime = spec.runtime_nbytes if warmth >= Warmth.RUNTIME else 0
+            asked = ModelState(structs.replace(spec, devices=0, nbytes=nbytes, runtime_nbytes=runtime), cached_on=model.cached_on)
+        for _ in range(count):
+            plan = self._placement.choose_node(asked, self._cluster, now)
+            if plan is None or plan.moves or plan.preempted or plan.give_way:
+                return
+            if plan.reuse is not None and self._cluster.instances[plan.reuse].warmth >= warmth:
+                return
+            self._plans.carry_out(model, plan, now, warmth)
+
+    def choose(self, model: ModelState, request: RequestState, now: float) -> InstanceState | None:
+        instance = self._placement.choose_instance(model, request, self._cluster, now)
+        if instance is not None and instance.id not in model.open:
+            raise SllmError(f"the placement policy gives request {request.id} to instance {instance.id}, which is not open for {request.model}; correct the policy")
+        return instance
+
+    def serve(self, model: ModelState, now: float) -> None:
+        """Its queue, in order, to its open instances."""
+        while model.queue and model.open:
+            request = model.queue[0]
+            instance = self.choose(model, request, now)
+            if instance is None:
+                return
+            self._cluster.dequeue(request, model)
+            self._plans.assign(request, instance, model, now)
+
+    def ask_all(self, now: float) -> None:
+        """The models that `Plans` wants asked, until there are none."""
+        waiting = self._plans.ask
+        while waiting:
+            name = next(iter(waiting))
+            self.ask(name, now, waiting.pop(name))
+
+    def ask(self, name: str, now: float, disturb: bool) -> None:
+        model = self._cluster.models.get(name)
+        if model is not None:
+            self.serve(model, now)
+            self.grow(model, now, disturb)
+
+    def grow(self, model: ModelState, now: float, disturb: bool) -> bool:
+        """As many starts as its autoscaler wants; where `disturb`, others may be preempted or moved. False: there was no place
+        for one, and it is asked again when something is freed."""
+        wanted = self._autoscaler.desired(model, now)
+        if model.queue and wanted < 1 <= model.spec.max_instances:
+            wanted = 1
+        if model.held_back or (model.deleted and not model.queue):
+            wanted = 0
+        while model.ready + len(model.starting) < wanted:
+            plan = self._placement.choose_node(model, self._cluster, now)
+            if plan is None or not (disturb or not (plan.moves or plan.preempted)):
+                self._cluster.set_short(model, True)
+                return False
+            self._plans.carry_out(model, plan, now)
+        if model.short:
+            self._cluster.set_short(model, False)
+        return True
+
+    def shrink(self, model: ModelState, now: float) -> None:
+        """Idle instances above what its autoscaler wants descend, as far as their keep-alive would have them later."""
+        surplus = model.ready + len(model.starting) - self._autoscaler.desired(model, now)
+        if surplus > 0:
+            idle = sorted((each for each in model.open.values() if each.idle_since is not None), key=lambda each: (each.rank, each.id))
+            for instance in idle[:surplus]:
+                self._warming.descend(instance, instance.then, now)
+
+    def retry(self, now: float) -> None:
+        """Asks models that are short of instances, longest wait first. What one could not get because no node has so much,
+        others that need as much cannot get either; one that its policy refused although there is room stops nobody."""
+        cluster = self._cluster
+        short = cluster.short()
+        heads = [(ranked.rank(name), name, need) for need, ranked in short.items() if (name := ranked.first()) is not None]
+        heapify(heads)
+        failed: list[tuple[int, int]] = []
+        refused: list[ModelState] = []
+        while heads:
+            _, name, need = heappop(heads)
+            if any(need[0] >= devices and need[1] >= nbytes for devices, nbytes in failed):
+                continue
+            model = cluster.models.get(name)
+            if model is None:
+                continue
+            if not self.grow(model, now, True):
+                if next(cluster.open_nodes(*need), None) is None:
+                    failed.append(need)
+                    continue
+                refused.append(model)
+                cluster.set_short(model, False)
+            if need in short and (following := short[need].first()) is not None:
+                heappush(heads, (short[need].rank(following), following, need))
+        for model in refused:
+            if model.spec.name in cluster.models:
+                cluster.set_short(model, True)
+        self.ask_all(now)
+        self._warming.freed = False

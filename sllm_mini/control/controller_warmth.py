@@ -1,0 +1,136 @@
+"""How the controller keeps instances warm: idle ones rest and descend as their keep-alive policy says, others are pre-warmed.
+
+One outstanding timer for each instance and one for each (model, warmth) that is to be pre-warmed: when what it waits for has
+moved, it fires early and is set again, so that a warm request sets none. Part of `controller`; taught in chapter 09.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from sllm_mini.control.cluster import Cluster
+from sllm_mini.control.controller_timers import Timer, Timers, Wake
+from sllm_mini.control.messages import AnyAction, Descend
+from sllm_mini.control.policy import KeepAlive, Prewarm
+from sllm_mini.control.state import InstanceState, ModelState
+from sllm_mini.types import Warmth
+
+
+class Warming:
+    """`freed` is set where something became free or idle, so that models which are short of instances are asked again; `ask`
+    are models to be asked at the end of the event in any case, with whether they may preempt or move others."""
+
+    def __init__(self, cluster: Cluster, keep_alive: KeepAlive, timers: Timers, actions: list[AnyAction]) -> None:
+        self._cluster, self._keep_alive, self._timers, self._actions = cluster, keep_alive, timers, actions
+        self.freed = False
+        self.ask: dict[str, bool] = {}
+        self.prewarms: dict[tuple[str, Warmth], tuple[int, float, int]] = {}
+        """Timer, when it is due, and how many there are to be."""
+
+    def rest(self, instance: InstanceState, now: float) -> None:
+        """It has nothing to do: idle at its warmth for as long as its policy says, then at the next one."""
+        cluster = self._cluster
+        self.freed = True
+        cluster.rest(instance, self._keep_alive.rank(instance, cluster, now), now)
+        stay = self._keep_alive.stay(instance, cluster, now)
+        instance.then = stay.then if stay.then < instance.warmth else Warmth(instance.warmth - 1)
+        seconds = stay.seconds
+        if instance.model is not None and cluster.models[instance.model].deleted:
+            seconds, instance.then = 0.0, Warmth.COLD
+        elif self._is_needed(instance):
+            seconds = None
+        if stay.again is not None:
+            self._plan(stay.again)
+        if seconds is None or seconds == inf:
+            instance.warm_until = None
+        elif seconds > 0:
+            until = instance.warm_until = now + seconds
+            instance.timer = self._timers.sooner(instance.timer, Wake.REST, instance.id, until)
+        else:
+            self.descend(instance, instance.then, now)
+
+    def descend(self, instance: InstanceState, warmth: Warmth, now: float) -> None:
+        """An instance without requests keeps less, at once; without room for its weights in memory, no weights."""
+        self.freed = True
+        if not self._cluster.fits(instance, warmth):
+            warmth = min(warmth, Warmth.RUNTIME)
+        instance.epoch += 1
+        self._actions.append(Descend(instance.id, warmth, instance.epoch))
+        self.fall(instance, warmth)
+        if warmth > Warmth.COLD:
+            self.rest(instance, now)
+
+    def fall(self, instance: InstanceState, warmth: Warmth) -> None:
+        """As `Cluster.fall`, and nothing is left of one that is gone."""
+        name = instance.model
+        self._cluster.fall(instance, warmth)
+        if warmth == Warmth.COLD:
+            self._timers.drop(instance.timer)
+            instance.timer = None
+        if name is not None:
+            model = self._cluster.models[name]
+            if model.queue:  # its policy had left them waiting for this instance, or for others
+                self.ask.setdefault(name, True)
+            self.forget(model)
+
+    def forget(self, model: ModelState) -> None:
+        """A deleted model that has nothing left is no longer known."""
+        if model.deleted and not (model.running or model.queue or model.instances):
+            self._timers.drop(model.tick)
+            self._timers.drop(model.patience)
+            self._cluster.remove_model(model)
+
+    def due(self, instance: InstanceState, now: float) -> None:
+        """Its timer has fired."""
+        instance.timer = None
+        if instance.warm_until is None:
+            return
+        if instance.warm_until <= now and self._is_needed(instance):
+            instance.warm_until = None
+        elif instance.warm_until <= now:
+            self.descend(instance, instance.then, now)
+        else:
+            instance.timer = self._timers.set(Wake.REST, instance.id, instance.warm_until)
+
+    def _is_needed(self, instance: InstanceState) -> bool:
+        """One of the least that its model is to have ready, which stay whatever the keep-alive says."""
+        if instance.warmth < Warmth.READY:
+            return False
+        model = self._cluster.models[instance.spec.name]
+        return not model.deleted and model.ready <= model.spec.min_instances
+
+    def deployed(self, model: ModelState, now: float) -> None:
+        for prewarm in self._keep_alive.on_deploy(model, self._cluster, now):
+            self._plan(prewarm)
+
+    def arrived(self, model: ModelState, warmth: Warmth, now: float) -> None:
+        for prewarm in self._keep_alive.on_arrival(model, self._cluster, now, warmth):
+            self._plan(prewarm)
+
+    def _plan(self, prewarm: Prewarm) -> None:
+        key = (prewarm.model, prewarm.warmth)
+        timer = self.prewarms[key][0] if key in self.prewarms else None
+        timer = self._timers.sooner(timer, Wake.PREWARM, prewarm.model, prewarm.at, prewarm.warmth)
+        self.prewarms[key] = timer, prewarm.at, prewarm.count
+
+    def prewarm_due(self, timer: Timer, now: float) -> tuple[ModelState, int] | None:
+        """The model to be pre-warmed now and how many are missing, if any."""
+        key = (str(timer.key), Warmth(timer.warmth))
+        _, at, count = self.prewarms.pop(key)
+        model = self._cluster.models.get(key[0])
+        if at > now:
+            self.prewarms[key] = self._timers.set(Wake.PREWARM, key[0], at, key[1]), at, count
+        elif model is not None and not model.deleted and (missing := count - self._count_warm(model, key[1])) > 0:
+            return model, missing
+        return None
+
+    def _count_warm(self, model: ModelState, warmth: Warmth) -> int:
+        """Idle ones, and those that climb there for nobody yet."""
+        cluster = self._cluster
+        if warmth >= Warmth.DRAM:
+            each_own = model.instances.values()
+            return sum(each.target >= warmth and (each.idle_since is not None or (each.climbing and not each.incoming)) for each in each_own)
+        runtime = model.spec.runtime
+        return sum(each.warmth >= warmth for each in cluster.sleeping(None, runtime)) + sum(
+            each.target >= warmth and each.runtime in (None, runtime) for each in cluster.prewarming.values()
+        )

@@ -1,0 +1,201 @@
+"""What a cluster has: nodes with what is free on them, models with where they are cached, and the orders that policies ask for.
+
+The half of `Cluster` that changes seldom, and the questions of policies; `cluster` adds the moves of instances and requests.
+Pure; one thread at a time. Taught in chapter 08.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from heapq import merge
+from itertools import chain
+from typing import Any, Self
+
+from sllm_mini.control.messages import ModelSpec, NodeSpec
+from sllm_mini.control.ranked import Ranked
+from sllm_mini.control.snapshot import restored, snapshot
+from sllm_mini.control.state import InstanceState, ModelState, NodeState, RequestState, held_nbytes
+from sllm_mini.types import Tier, Warmth
+
+_NOBODY_WAITS = 1 << 62
+"""Where a model without a queue stands among those that are short of instances: behind all that have one."""
+
+
+class Inventory:
+    """See `Cluster`."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, NodeState] = {}
+        self.models: dict[str, ModelState] = {}
+        self.instances: dict[int, InstanceState] = {}
+        self.requests: dict[int, RequestState] = {}
+        self.arrivals = 0
+        self.spawned = 0
+        self.prewarming: dict[int, InstanceState] = {}
+        """Instances that climb to below DRAM, for no model in particular."""
+        self._idle: Ranked[int] = Ranked()
+        self._idle_of: dict[str, Ranked[int]] = {}
+        self._open: list[Ranked[str]] = [Ranked()]
+        """Nodes by how many devices are free or idle."""
+        self._open_as: dict[str, int] = {}
+        self._asleep: dict[str, dict[int, InstanceState]] = {}
+        """Idle processes by runtime; "" for those that have none yet."""
+        self._asleep_on: dict[str, dict[str, dict[int, InstanceState]]] = {}
+        """The same for each node."""
+        self._cached_on: dict[str, dict[str, Tier]] = {}
+        """By model, deployed or not: `ModelState.cached_on` is one of these."""
+        self._short: dict[tuple[int, int], Ranked[str]] = {}
+        """Models that want an instance and got none, by what one needs (devices, bytes), in order of who waits longest."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """All of it as plain lists, dicts, numbers and strings: to print, to compare, to save."""
+        return snapshot(self.nodes, self.models, self.instances, self.requests) | {
+            "cached_on": {model: {node: int(tier) for node, tier in nodes.items()} for model, nodes in self._cached_on.items()},
+            "asleep": {runtime: list(asleep) for runtime, asleep in self._asleep.items() if asleep},
+            "prewarming": list(self.prewarming),
+            "arrivals": self.arrivals,
+            "spawned": self.spawned,
+        }
+
+    @classmethod
+    def from_snapshot(cls, data: dict[str, Any]) -> Self:
+        """What `snapshot` was taken of: it goes on in the same way."""
+        self = cls()
+        self.arrivals, self.spawned = data["arrivals"], data["spawned"]
+        self._cached_on = {model: {node: Tier(tier) for node, tier in nodes.items()} for model, nodes in data["cached_on"].items()}
+        self.nodes, self.models, self.instances, self.requests = restored(data, self._cached_on)
+        self.prewarming = {id: self.instances[id] for id in data["prewarming"]}
+        for name, node in self.nodes.items():
+            self._idle_of[name], self._asleep_on[name] = Ranked(), {}
+            self._reopen_node(node)
+        for instance in self.instances.values():
+            if instance.idle_since is not None:
+                self._idle.add(instance.id, instance.rank)
+                self._idle_of[instance.node].add(instance.id, instance.rank)
+        for runtime, asleep in data["asleep"].items():
+            for id in asleep:
+                instance = self.instances[id]
+                for by_runtime in (self._asleep, self._asleep_on[instance.node]):
+                    by_runtime.setdefault(runtime, {})[id] = instance
+        for model in self.models.values():
+            if model.short:
+                self.set_short(model, True)
+        return self
+
+    # What policies ask
+
+    def open_nodes(self, devices: int, nbytes: int = 0) -> Iterator[NodeState]:
+        """Nodes with so many free or idle devices and so many free or idle bytes, in order of `loads_until`, then of name."""
+        nodes = self.nodes
+        levels = [level for level in self._open[devices:] if len(level)]
+        names = levels[0] if len(levels) == 1 else merge(*levels, key=lambda name: (nodes[name].loads_until, name))
+        for name in names:
+            node = nodes[name]
+            if node.free_nbytes + node.idle_nbytes >= nbytes:
+                yield node
+
+    def idle_instances(self, node: str | None = None) -> Iterator[InstanceState]:
+        """In order of rank: who gives way first, first."""
+        return map(self.instances.__getitem__, self._idle if node is None else self._idle_of[node])
+
+    def sleeping(self, node: str | None, runtime: str) -> Iterator[InstanceState]:
+        """Idle instances without a model that one of this runtime could climb from: RUNTIME, then PROCESS."""
+        asleep = self._asleep if node is None else self._asleep_on[node]
+        return chain(asleep.get(runtime, {}).values(), asleep.get("", {}).values())
+
+    def warmest(self, model: ModelState) -> Warmth:
+        """How warm the best instance is that could serve one more request of it now; COLD: none."""
+        if model.open:
+            return Warmth.READY
+        if model.asleep:
+            return max(instance.warmth for instance in model.asleep.values())
+        best = next(self.sleeping(None, model.spec.runtime), None)
+        return Warmth.COLD if best is None else best.warmth
+
+    # Nodes, models, stores
+
+    def add_node(self, spec: NodeSpec) -> NodeState:
+        node = NodeState(spec, list(range(spec.devices)), spec.dram_nbytes)
+        self.nodes[spec.name] = node
+        self._idle_of[spec.name] = Ranked()
+        self._asleep_on[spec.name] = {}
+        self._reopen_node(node)
+        for model in spec.disk:
+            self.cached(spec.name, model, Tier.DISK)
+        return node
+
+    def remove_node(self, name: str) -> None:
+        """Its instances must be gone (`fall` to COLD)."""
+        for model in list(self.nodes[name].cached):
+            self.evicted(name, model, Tier.REMOTE)
+        self._open[self._open_as.pop(name)].discard(name)
+        del self.nodes[name], self._idle_of[name], self._asleep_on[name]
+
+    def add_model(self, spec: ModelSpec) -> ModelState:
+        """Or gives a known one new figures. Its instances keep the old ones until they climb again."""
+        model = self.models.get(spec.name)
+        if model is None:
+            model = self.models[spec.name] = ModelState(spec, cached_on=self._cached_on.setdefault(spec.name, {}))
+        self.set_short(model, False)
+        model.spec = spec
+        model.deleted = False
+        return model
+
+    def remove_model(self, model: ModelState) -> None:
+        """It must have neither requests nor instances."""
+        self.set_short(model, False)
+        del self.models[model.spec.name]
+        if not model.cached_on:
+            del self._cached_on[model.spec.name]
+
+    def cached(self, node: str, model: str, tier: Tier) -> None:
+        """The node's store has it in this tier, whatever slower ones have."""
+        tier = max(tier, self.nodes[node].cached.get(model, tier))
+        self.nodes[node].cached[model] = self._cached_on.setdefault(model, {})[node] = tier
+
+    def evicted(self, node: str, model: str, tier: Tier) -> None:
+        """The store no longer has it in this tier: what was in DRAM is on DISK still; REMOTE: it has nothing of it."""
+        known = self.nodes[node].cached.get(model)
+        if known is None or known < tier:
+            return
+        if tier == Tier.DRAM:
+            self.nodes[node].cached[model] = self._cached_on[model][node] = Tier.DISK
+        elif tier == Tier.REMOTE or known == tier:
+            del self.nodes[node].cached[model], self._cached_on[model][node]
+            if not self._cached_on[model] and model not in self.models:
+                del self._cached_on[model]
+
+    def set_loads_until(self, node: NodeState, until: float) -> None:
+        node.loads_until = until
+        self._open[self._open_as[node.spec.name]].add(node.spec.name, until)
+
+    def _reopen_node(self, node: NodeState) -> None:
+        name = node.spec.name
+        level = len(node.free_devices) + node.idle_devices
+        old = self._open_as.get(name)
+        if old == level:
+            return
+        if old is not None:
+            self._open[old].discard(name)
+        while len(self._open) <= level:
+            self._open.append(Ranked())
+        self._open[level].add(name, node.loads_until)
+        self._open_as[name] = level
+
+    # Models that are short of instances
+
+    def set_short(self, model: ModelState, short: bool) -> None:
+        """Whether it wants an instance and got none; also called when the head of its queue has changed."""
+        need = (model.spec.devices, held_nbytes(model.spec, Warmth.READY))
+        if short:
+            rank = model.queue[0].order if model.queue else _NOBODY_WAITS
+            self._short.setdefault(need, Ranked()).add(model.spec.name, rank)
+        elif model.short:
+            self._short[need].discard(model.spec.name)
+            if not len(self._short[need]):
+                del self._short[need]
+        model.short = short
+
+    def short(self) -> dict[tuple[int, int], Ranked[str]]:
+        """By need (devices, bytes): the models that want an instance and got none, longest wait first."""
+        return self._short
