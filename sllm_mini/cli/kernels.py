@@ -62,17 +62,9 @@ def _check_known(asked: list[str], compiler: NvrtcCompiler) -> None:
     from sllm_mini.errors import UnsupportedError
 
     version = compiler.version  # raises where there is no NVRTC
-    known = [f"sm_{number}" for number in _supported()]
     for architecture in asked:
-        if architecture not in known:
-            raise UnsupportedError(f"--arch {architecture}: {version} makes no code for it; choose among {', '.join(known)}")
-
-
-def _supported() -> tuple[int, ...]:
-    from cupy.cuda import nvrtc
-
-    found: tuple[int, ...] = nvrtc.getSupportedArchs()
-    return found
+        if architecture not in compiler.architectures:
+            raise UnsupportedError(f"--arch {architecture}: {version} makes no code for it; choose among {', '.join(compiler.architectures)}")
 
 
 def _architectures() -> tuple[str, ...]:
