@@ -208,29 +208,16 @@ def test_a_recorded_run_is_drawn_and_without_one_the_page_says_so(tmp_path: Path
 # --- the page ------------------------------------------------------------------------------------------------------------
 
 
-def source_of(words: str) -> str:
-    return next(cell.source for cell in nbformat.read(CHAPTER, as_version=4).cells if cell.cell_type == "code" and words in cell.source)
+def cell_with(words: str) -> Any:
+    return next(cell for cell in nbformat.read(CHAPTER, as_version=4).cells if cell.cell_type == "code" and words in cell.source)
 
 
-def test_the_chapters_zigzag_is_what_the_paper_works_out() -> None:
-    """BlitzScale works out 17 for request 3; and no schedule beats two instances that hold everything."""
-    space: dict[str, Any] = {}
-    for words in ("def best_effort", "def zigzag"):
-        exec(source_of(words), space)  # the chapter's own cells
-    plain, found = space["best_effort"](7), space["zigzag"](7)
-    assert found[2] == 17 and found == sorted(found)
-    assert plain[:6] == [1 + 6 * number for number in range(1, 7)] and plain[6] == 42
-    assert all(zig <= best for zig, best in zip(found, plain, strict=True)) and found[6] < plain[6]
-    assert found[6] >= 7 * 7 / 2
-    space["LOAD"] = 10**6  # a layer that never comes: the first one is all there is
-    assert space["zigzag"](3) == space["best_effort"](3)
-
-
-def test_hydraserves_estimate_divides_the_fetch_only() -> None:
-    space: dict[str, Any] = {}
-    exec(source_of("def hydra_ms"), space)  # the chapter's own cell
-    assert space["hydra_ms"](16, 16, 500, 1, 1) == pytest.approx(8000 + 500 + 2000)
-    assert space["hydra_ms"](16, 16, 500, 4, 1) == pytest.approx(2000 + 500 * 3.25 + 2000)
+def test_what_other_systems_do_is_called_and_not_written_again() -> None:
+    """Chapter 10 tests `zigzag` and `hydraserve_ttft`; here the page shows them at work, with the figures that its prose names."""
+    said = "".join(output.text for output in cell_with("two full ones").outputs)
+    assert "(7, 12, 17, 22, 27, 32, 36)" in said and "(7, 11, 15, 18, 20, 22, 23)" in said and "24.5" in said
+    assert "import hydraserve_ttft" in cell_with("workers in (1, 2, 4)").source
+    assert "import best_effort, zigzag" in cell_with("getsource(best_effort)").source
 
 
 def test_its_cells_are_numbered_in_order() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from sllm_mini.cli import bench_decode, bench_migrate, bench_overlap, bench_tiers, bench_warmup, terminal
+from sllm_mini.cli import bench_decode, bench_migrate, bench_overlap, bench_simulate, bench_tiers, bench_warmup, terminal
 from sllm_mini.cli.bench_options import (
     FolderOption,
     KeepOption,
@@ -85,6 +85,7 @@ app.command("overlap")(bench_overlap.overlap)
 app.command("warmup")(bench_warmup.warmup)
 app.command("decode")(bench_decode.decode)
 app.command("migrate")(bench_migrate.migrate)
+app.command("simulate")(bench_simulate.simulate)
 
 
 def _states(asked: list[_State] | None) -> tuple[Literal["cold", "warm"], ...]:

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from sllm_mini import __version__
-from sllm_mini.cli import bench, checkpoints, inspection, kernels, machine, models, store, terminal, tour
+from sllm_mini.cli import bench, checkpoints, inspection, kernels, machine, models, simulate, store, terminal, tour
 from sllm_mini.errors import SllmError
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141
@@ -93,6 +93,7 @@ app.command("verify")(checkpoints.verify)
 app.command("load")(models.load)
 app.command("kernels")(kernels.kernels)
 app.command("generate")(models.generate)
+app.command("simulate")(simulate.simulate)
 app.add_typer(bench.app, name="bench")
 app.add_typer(store.app, name="store")
 

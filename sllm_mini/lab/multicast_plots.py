@@ -80,6 +80,7 @@ def plot_schedule(plan: Plan, ax: Axes | None = None) -> Axes:
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch, Rectangle
+    from matplotlib.ticker import MaxNLocator
 
     summary = summarize(plan)
     if ax is None:
@@ -102,6 +103,7 @@ def plot_schedule(plan: Plan, ax: Axes | None = None) -> Axes:
             ax.barh(node, plan.ticks + 1.5 - complete, left=complete + 0.5, height=0.24, color=serving, edgecolor=darker(serving), linewidth=0.5)
     ax.plot([summary.joint + 0.5] * 2, [plan.sources - 0.5, plan.nodes - 0.5], linestyle="--", color=INK, linewidth=1.2)
     ax.set_xlim(0.5, plan.ticks + 2)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylim(plan.nodes - 0.4, -0.6)
     ax.set_yticks(range(plan.nodes), [f"source {node}" if node < plan.sources else f"node {node}" for node in range(plan.nodes)])
     ax.tick_params(axis="y", length=0)
