@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sllm_mini.checkpoint import Checkpoint, convert_checkpoint
 from sllm_mini.errors import FormatError, ModelError
 from sllm_mini.inference.workers import WorkerOptions, Workers
 from sllm_mini.lab import decode, moving
+from sllm_mini.lab.decode import measure
 from sllm_mini.lab.decode.document import KIND as DECODE
 from sllm_mini.lab.decode.document import assemble as assemble_decode
 from sllm_mini.lab.decode.workload import workloads
@@ -110,6 +112,15 @@ def test_three_ways_answer_the_same_requests(run: Run, tiny: Checkpoint, tmp_pat
     assert [row["ratio_to_ours_median"] for row in rows if row["variant"] == "sllm_mini"] == [1.0, 1.0, 1.0]
     with pytest.raises(FormatError, match="sllm-mini bench migrate"):
         moving.read_moves(saved)
+
+
+def test_a_cpu_computes_in_what_it_can_multiply(tmp_path: Path) -> None:
+    asked = {"float16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}
+    for stored, computed in asked.items():
+        entries = [SimpleNamespace(dtype=stored), SimpleNamespace(dtype=stored), SimpleNamespace(dtype="int64")]
+        checkpoint = SimpleNamespace(index=SimpleNamespace(tensors=entries))
+        assert measure.computed_dtype(checkpoint, decode.Options()) == computed  # type: ignore[arg-type]
+        assert measure.computed_dtype(checkpoint, decode.Options(dtype="float16")) == "float16"  # type: ignore[arg-type]
 
 
 def test_what_cannot_answer_is_refused_before_anything_is_made(run: Run, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,8 @@ from sllm_mini.lab.units import nbytes_text, seconds_text
 if TYPE_CHECKING:
     from rich.table import Table
 
+Dtype = Literal["bfloat16", "float16", "float32"]
+
 
 def decode(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A checkpoint of ours, a Hugging Face directory with its configuration, or a published shape such as opt-125m.")] = "opt-125m",
@@ -22,6 +24,7 @@ def decode(
     batch: Annotated[list[int] | None, typer.Option("--batch", min=1, max=256, metavar="N", help="Requests at once; repeatable. Default: 1 and 8.")] = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, metavar="N", help="Length of a prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, metavar="N", help="Length of an answer.")] = 64,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", metavar="TYPE", help="bfloat16, float16 or float32 to compute in. Default: as stored, but bfloat16 for float16 on a CPU.")] = None,
     folder: FolderOption = None,
     keep: KeepOption = False,
     json: JsonOption = False,
@@ -32,7 +35,7 @@ def decode(
     from sllm_mini.lab.decode import Options, measure_decode
 
     check_writable(save)
-    options = Options(rounds=rounds, batches=tuple(batch or (1, 8)), prompt_tokens=prompt_tokens, new_tokens=new_tokens, device=get_device(device).name)
+    options = Options(rounds=rounds, batches=tuple(batch or (1, 8)), prompt_tokens=prompt_tokens, new_tokens=new_tokens, device=get_device(device).name, dtype=dtype)
     with terminal.stage_progress() as stage:
         document = measure_decode(model, options=options, folder=folder, keep=keep, on_stage=stage)
     deliver(document, _print, json=json, save=save)
@@ -41,7 +44,7 @@ def decode(
 def _print(document: dict[str, Any]) -> None:
     console = terminal.stdout_console()
     model, method = document["model"], document["method"]
-    words = f"{model['name']}: {nbytes_text(model['nbytes'])} ({model['weights']}), on {method['device']}, {terminal.count(method['rounds'], 'round')}"
+    words = f"{model['name']}: {nbytes_text(model['nbytes'])} ({model['weights']}), on {method['device']} in {method['dtype']}, {terminal.count(method['rounds'], 'round')}"
     console.print(f"{words}, prompts of {method['prompt_tokens']} and answers of {terminal.count(method['new_tokens'], 'token')} at most")
     console.print(_table(document))
     console.print("A ratio above 1: that way took longer than ours in the same round.", style="dim")

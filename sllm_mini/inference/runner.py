@@ -186,7 +186,7 @@ class Runner:
         lengths = [len(prompt) for prompt in prompts]
         with torch.inference_mode():
             token_ids = torch.tensor(list(chain.from_iterable(prompts)))
-            owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+            owners = torch.tensor([owner for owner, length in enumerate(lengths) for _ in range(length)])
             ends = torch.tensor(lengths).cumsum(0)
             places = torch.cat([torch.arange(length) for length in lengths])
             ids, rows, positions = torch.stack([token_ids, row + owners, places]).to(self.device)  # one copy to the device

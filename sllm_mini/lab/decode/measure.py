@@ -10,6 +10,7 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -37,13 +38,16 @@ _READS = 3
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to measure. `batches`: how many requests at once. Raises ValueError for what measures nothing."""
+    """How to measure. `batches`: how many requests at once. `dtype`: what is computed in; None: what the weights are stored in, but
+    bfloat16 for float16 on a CPU, which few can multiply (one that converts every product takes as long per token whatever the
+    engine does). Raises ValueError for what measures nothing."""
 
     rounds: int = 5
     batches: tuple[int, ...] = (1, 8)
     prompt_tokens: int = 64
     new_tokens: int = 64
     device: str = "cpu"
+    dtype: str | None = None
     only: tuple[Variant, ...] = ()
     seed: int = 0
 
@@ -51,6 +55,8 @@ class Options:
         for name in ("rounds", "prompt_tokens", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dtype not in (None, "float16", "bfloat16", "float32"):
+            raise ValueError(f"dtype is {self.dtype}; it must be float16, bfloat16 or float32")
         if not self.batches or min(self.batches) < 1:
             raise ValueError("a batch has at least one request")
 
@@ -80,7 +86,7 @@ def measure_decode(
             "machine": asdict(measure_machine(checkpoint.path)),
             "model": {"name": Path(model).name, "tensor_count": len(checkpoint.index.tensors), "nbytes": checkpoint.nbytes, "weights": weights},
             "method": {
-                "device": options.device, "rounds": options.rounds, "batches": list(options.batches), "prompt_tokens": options.prompt_tokens,
+                "device": options.device, "dtype": computed_dtype(checkpoint, options), "rounds": options.rounds, "batches": list(options.batches), "prompt_tokens": options.prompt_tokens,
                 "new_tokens": options.new_tokens, "seed": options.seed, "sampling": "greedy, past every end of text",
                 "not_timed": "the load, and one answer of each way to each workload",
             },
@@ -97,18 +103,29 @@ def _check_model(name: str) -> None:
         raise CheckpointError("it holds no config.json, without which nobody knows what to compute; put the model's own there", path=name)
 
 
+def computed_dtype(checkpoint: Checkpoint, options: Options) -> str:
+    """What is computed in."""
+    if options.dtype is not None:
+        return options.dtype
+    stored = Counter(tensor.dtype for tensor in checkpoint.index.tensors).most_common(1)[0][0]
+    return "bfloat16" if stored == "float16" and get_device(options.device).is_host else stored
+
+
 def _run(checkpoint: Checkpoint, options: Options, facts: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    import torch
+
     loads = workloads(options.batches, options.prompt_tokens, options.new_tokens, options.seed)
     largest = max(loads, key=lambda load: len(load.requests) * load.new_tokens)
     device = get_device(options.device)
     there: Sequence[Variant] = [variant for variant in VARIANTS if variant != "own kernel" or not device.is_host]
     chosen: Sequence[Variant] = [variant for variant in there if variant == OURS or variant in (options.only or there)]
+    dtype = facts["method"]["dtype"]
     with ExitStack() as stack:
         runs = {}
         for variant in chosen:
             say(f"loading for {variant}")
-            runs[variant] = stack.enter_context(opened(variant, checkpoint, options.device, largest))
-        weights = load_tensors(checkpoint, options.device)
+            runs[variant] = stack.enter_context(opened(variant, checkpoint, options.device, dtype, largest))
+        weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_tensors(checkpoint, options.device).items()}
         sum_tensors(weights.values())  # untimed: the first starts threads and touches pages
         first: dict[tuple[str, Variant], Answers] = {}
         for load in loads:

@@ -33,9 +33,11 @@ _WAIT_SECONDS = 120.0
 
 
 @contextmanager
-def opened(variant: Variant, checkpoint: Checkpoint, device: str, largest: Workload) -> Iterator[Run]:
-    """The variant, its model loaded, ready for any workload of at most as many tokens as `largest`; closed at the end."""
-    model = load_model(checkpoint, device)
+def opened(variant: Variant, checkpoint: Checkpoint, device: str, dtype: str, largest: Workload) -> Iterator[Run]:
+    """The variant, its model loaded and computing in `dtype`, ready for any workload of at most as many tokens as `largest`; closed at the end."""
+    import torch
+
+    model = load_model(checkpoint, device).to(getattr(torch, dtype))
     if variant in ("sllm_mini", "own kernel"):
         yield _ours(Engine(model, max_batch=len(largest.requests), decode_kernel=variant == "own kernel"))
     elif variant == "generate":
