@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sllm_mini.inference.migration import Mode, Phase, Report, Speeds
 from sllm_mini.inference.ownership.ledger import LedgerPiece
 from sllm_mini.inference.sampler import SamplingOptions
 from sllm_mini.inference.workers import WorkerOptions, Workers
-from sllm_mini.lab.moving import dying, exact, parts, plots, retry, session_view, trace_plots
+from sllm_mini.lab.moving import crossing, dying, exact, parts, plots, retry, session_view, trace_plots
 from sllm_mini.lab.moving.document import MODES, Move, assemble
 from sllm_mini.lab.moving.journey import Journey, Told, journey_text, travel
 from sllm_mini.lab.moving.measure import Trace
@@ -36,17 +37,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def test_a_text_is_the_same_whoever_writes_it_and_whoever_dies(tiny: Checkpoint) -> None:
-    """Moved in the middle of a character of several bytes: once in peace, once by a source that dies there."""
-    alone = list(Engine.load(tiny).generate(PROMPT, max_new_tokens=120, sampling=SAMPLING))
+    """Moved in the middle of a character of several bytes: once in peace, once by a source that dies there. The character is
+    the story's last, so the text goes on past its end: else it could be over before the move is."""
+    alone = list(Engine.load(tiny).generate(PROMPT, max_new_tokens=150, sampling=SAMPLING, stop_at_eos=False))
     half = next(number for number, piece in enumerate(alone, 1) if not piece.text)
     seen: list[int] = []
     armed = (*dying.PROGRAM, "two=sending:HandOver")
     with Workers(tiny.path, ["one", "two"], options=WorkerOptions(pace_seconds=0.02), program=armed) as workers:
         trips: list[tuple[str, str, Mode]] = [("one", "two", "tokens"), ("two", "one", "kv")]
         for source, to, mode in trips:
-            found = travel(workers, source, PROMPT, {half: (to, mode)}, max_new_tokens=120, sampling=SAMPLING, watch=lambda so_far: seen.append(len(so_far.pieces)))
+            found = travel(workers, source, PROMPT, {half: (to, mode)}, max_new_tokens=150, sampling=SAMPLING, stop_at_eos=False, watch=lambda so_far: seen.append(len(so_far.pieces)))
             assert found.token_ids == tuple(piece.token_id for piece in alone), source
-            assert found.text == "".join(piece.text for piece in alone) and found.problem is None and found.finish == "eos"
+            assert found.text == "".join(piece.text for piece in alone) and found.problem is None and found.finish == "length"
             assert list(found.owners.values()) == [source, to] and found.pieces[half].epoch >= 1
             if source == "one":
                 assert found.moves[0] is not None and found.moves[0].outcome == "moved"
@@ -163,10 +165,24 @@ def test_a_pause_is_the_one_that_is_drawn() -> None:
     drawn = [np.asarray(line.get_xdata()).tolist() for line in figure.axes[0].lines if line.get_marker() in ("o", "s")]
     assert drawn == [[2, 3, 4, 5, 6, 7, 8], [9, 10, 11]]
     said = trace_plots.traces_text([one])
-    assert "KV cache: 30.0 ms between two tokens where a step takes 10.0 ms (x3.0); 3 tokens came while it moved, in 1 rounds." in said
+    assert said.startswith("A step before the moves takes 10.0 ms (10.0 ms to 10.0 ms in the 1 requests). KV cache: 30.0 ms between the last token from the source")
+    assert said.endswith("the first from the destination (x3.0), before that 3 tokens while it moved, after x1.0 of a step as a rule and x1.0 at most.")
+    assert trace_plots.phases_text([one]) == "KV cache: 25.0 ms, 2.5 steps."
     rows = trace_plots.phases_table([one]).rows
     assert [row[5] for row in rows] == ["the source", "the source", "nobody", "nobody", "the destination"]
     assert [text.get_text() for text in trace_plots.plot_phases([one]).texts] == [" 25.0 ms, 2.5 steps"]
+
+
+def test_all_moves_of_a_figure_are_said_in_one_step() -> None:
+    """Their own steps differ by scatter alone, which is told; nothing is divided by it."""
+    one = trace()
+    slow = replace(one, mode="tokens", pieces=tuple(replace(piece, arrived=4 * piece.arrived) for piece in one.pieces), started=0.18)
+    traces = [one, slow, one]
+    assert slow.step_seconds == pytest.approx(0.04) and trace_plots.step_of(traces) == pytest.approx(0.01)
+    said = trace_plots.traces_text(traces)
+    assert "10.0 ms (10.0 ms to 40.0 ms in the 3 requests)" in said and "120 ms between" in said and "(x12.0)" in said and "after x4.0 of a step" in said
+    drawn = [text.get_text() for ax in trace_plots.plot_intervals(traces).axes for text in ax.texts]
+    assert drawn == ["3.0 steps", "12.0 steps", "3.0 steps"]
 
 
 def document() -> dict[str, Any]:
@@ -188,6 +204,34 @@ def test_moves_are_said_as_they_are_drawn() -> None:
     assert drawn == [pytest.approx([2.0, 2.0]), pytest.approx([1.5, 1.5]), pytest.approx([5.0, 5.0])]
     rows = plots.moves_table(found, predicted).rows
     assert len(rows) == 6 and rows[0][8] == "500 tokens/s" and rows[5][8] == "1.60 GB/s" and rows[1][6] == "1.50"
+
+
+def test_the_crossing_is_where_the_baseline_becomes_the_longer_pause() -> None:
+    assert parts.crossing(PARTS, "tokens") == pytest.approx((0.03 - 0.02) * 1e9 / 16_000) and parts.crossing(PARTS, "kv") == 4
+    at = parts.crossing(PARTS, "tokens")
+    for context, longer in ((at - 1, False), (at + 1, True)):
+        assert (predict(PARTS, "stop_and_copy", context).pause_steps > predict(PARTS, "tokens", context).pause_steps) == longer  # type: ignore[arg-type]
+
+    def found(*pauses: tuple[float, ...]) -> dict[str, Any]:
+        """For each context of 100, 200, … the samples of stop and copy; the tokens took 1.9 to 2.1 steps, the cache 1.5."""
+        waits: tuple[tuple[Mode, tuple[float, ...]], ...] = (("tokens", (1.9, 2.1)), ("kv", (1.5, 1.5)))
+        moves = [
+            Move(mode, 100 * number, 1.0, 0.01 * steps, 0.02, 0.01, 1, 1, 1, 1.0, 1, 1, 1.0)
+            for number, baseline in enumerate(pauses, 1)
+            for mode, samples in (*waits, ("stop_and_copy", baseline))
+            for steps in samples
+        ]  # fmt: skip
+        return assemble(moves, {})
+
+    crossed = found((1.2, 1.4), (1.8, 2.0), (3.0, 3.2))
+    assert crossing.differences(crossed, "tokens") == {100: (pytest.approx(-0.7), True), 200: (pytest.approx(-0.1), False), 300: (pytest.approx(1.1), True)}
+    said = crossing.crossing_text(crossed, PARTS)
+    assert "Against tokens, stop and copy was to become the longer pause at 625 tokens of context; measured, it does so between 200 and 300 tokens." in said
+    assert "Against KV cache, stop and copy was to become the longer pause at 4 tokens of context; measured, it does so between 100 and 200 tokens." in said
+    assert [row[1:] for row in crossing.crossing_table(crossed).rows] == [("-0.70", "-0.10 (ranges overlap)", "+1.10"), ("-0.20", "+0.40", "+1.60")]
+    assert "not up to 200 tokens" in crossing.crossing_text(found((1.0, 1.0), (1.1, 1.1)), PARTS)
+    assert "from 100 tokens, the shortest context here" in crossing.crossing_text(found((3.0, 3.0), (4.0, 4.0)), PARTS)
+    assert "it was longer at 100 tokens only, which is scatter" in crossing.crossing_text(found((2.2, 2.2), (1.0, 1.0)), PARTS)
 
 
 def test_the_break_even_is_where_the_lines_meet() -> None:

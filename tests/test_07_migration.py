@@ -390,9 +390,9 @@ def test_a_story_moves_between_two_processes(checkpoint: Any) -> None:
     """The real thing: two worker processes, a real model, a move there and back, and a kill; the text is as if nothing had been."""
     alone = Engine.load(checkpoint)
     sampling = SamplingOptions(temperature=0.7, seed=4)
-    done = alone.complete("Once upon a time", max_new_tokens=150, sampling=sampling, stop_at_eos=False)
+    done = alone.complete("Once upon a time", max_new_tokens=400, sampling=sampling, stop_at_eos=False)  # long enough to be killed in the middle
     with Workers(checkpoint.path, options=WorkerOptions(pace_seconds=0.004)) as workers:
-        story = workers.submit("one", "Once upon a time", max_new_tokens=150, sampling=sampling, stop_at_eos=False)
+        story = workers.submit("one", "Once upon a time", max_new_tokens=400, sampling=sampling, stop_at_eos=False)
         stream = workers.ledger.stream(story, timeout=30)
         pieces = [next(stream) for _ in range(10)]
         there = workers.move(story, "two", mode="kv")
@@ -403,7 +403,8 @@ def test_a_story_moves_between_two_processes(checkpoint: Any) -> None:
             assert report.pause_seconds is not None and report.pause_seconds > 0 and report.rounds >= 1
             names = [phase.name for phase in report.phases]
             assert names[0] == "begin" and names[-3:] == ["stop", "hand over", "resume"] and set(names[1:-3]) == {"round"}
-        pieces.append(next(stream))
+        while pieces[-1].epoch < 3:  # the ledger has heard of the last owner before it dies
+            pieces.append(next(stream))
         workers.kill("one")
         pieces += stream
         assert tuple(piece.token_id for piece in pieces) == done.token_ids

@@ -406,6 +406,72 @@ def test_a_destination_of_other_weights_refuses_and_the_source_goes_on() -> None
         assert world.read("story") == whole_text(session())
 
 
+def test_a_request_that_has_ended_cannot_be_moved() -> None:
+    with World(lambda name: FakeEngine()) as world:
+        world.submit("source", session(max_new_tokens=2))
+        while world["source"].engine.step():
+            pass
+        with pytest.raises(ModelError, match="is source's and does not run: its text has ended"):
+            world.move("story")
+
+
+def test_a_request_is_moved_by_one_caller_at_a_time() -> None:
+    """Three at once: two are refused, the first goes its way, and nothing of it is remembered."""
+    with a_world() as world:
+        refusals: list[str] = []
+
+        def hook(event: Event) -> Any:
+            if (event.who, event.what, event.kind, event.number) == ("source", "sent", "Tokens", 0):
+                for _ in range(2):
+                    with pytest.raises(ModelError) as refused:
+                        world.move("story", options=QUICK)
+                    refusals.append(str(refused.value))
+            return None
+
+        disturb(world, hook)
+        report = world.move("story", options=QUICK)
+        assert report is not None and (report.outcome, report.epoch) == ("moved", 2), report
+        assert refusals == ["request 'story' is being moved already; wait for the report of that move"] * 2
+        world.start()
+        assert world.read("story") == whole_text(session())
+    assert not migration._moving
+
+
+def test_a_request_is_not_moved_to_where_it_is() -> None:
+    with a_world() as world:
+        report = world.move("story", "source", "source", options=QUICK)
+        assert report is not None and (report.outcome, report.owner, report.epoch) == ("stayed", "source", 1)
+        assert "request 'story' is there already" in report.reason
+        world.start()
+        assert world.read("story") == whole_text(session())
+
+
+def test_a_mode_that_there_is_not_is_refused() -> None:
+    with a_world() as world:
+        for wrong in ("nonsense", None, ["kv"]):
+            with pytest.raises(ValueError, match=r"there is no mode .*one of tokens, kv, stop_and_copy or auto"):
+                world.move("story", mode=wrong, options=QUICK)
+        world.start()
+        assert world.read("story") == whole_text(session()) and world.register.owner("story") == ("source", 1)
+
+
+@pytest.mark.parametrize("name", ["target_gap_tokens", "max_rounds", "block_nbytes"])
+def test_counts_of_a_move_are_whole_and_positive(name: str) -> None:
+    wrongs: list[Any] = [1.5, 4.0, float("nan"), True, 0, -1, "4", None]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=f"{name} is .*whole number of at least 1"):
+            MoveOptions(**{name: wrong})
+
+
+@pytest.mark.parametrize("name", ["answer_seconds", "stopped_seconds"])
+def test_times_of_a_move_are_finite_and_positive(name: str) -> None:
+    assert getattr(MoveOptions(**{name: 2}), name) == 2
+    wrongs: list[Any] = [float("nan"), float("inf"), 0, -1.0, True, "4", None]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=f"{name} is .*more than 0 and finite"):
+            MoveOptions(**{name: wrong})
+
+
 def test_nobody_at_the_address(tmp_path: Path) -> None:
     with a_world() as world:
         source = world["source"]
@@ -529,7 +595,7 @@ def test_a_worker_without_survivors_fails_its_requests_and_its_name_is_spent() -
         with pytest.raises(ModelError, match="every worker has died"):
             for _ in workers.ledger.stream(story, timeout=10):
                 pass
-        with pytest.raises(WireError, match="there is no worker 'one'"):
+        with pytest.raises(WireError, match=r"worker 'one' has died.*none, so start another"):
             workers.submit("one", [1, 2, 3])
 
 
@@ -540,7 +606,7 @@ def test_workers_cancel_and_refuse() -> None:
         workers.cancel(story)
         list(workers.ledger.stream(story, timeout=10))
         assert workers.ledger.finish(story) == "cancelled"
-        with pytest.raises(WireError, match="no worker 'two'"):
+        with pytest.raises(ModelError, match=r"cannot be moved: its text has ended \(cancelled\)"):
             workers.move(story, "two")
         with pytest.raises(ModelError, match="nobody's"):
             workers.move("unknown", "one")

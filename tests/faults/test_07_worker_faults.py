@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,7 +87,8 @@ def test_a_worker_with_a_long_order_in_its_hands_is_not_silent(program: Program)
 
 
 def test_options_that_run_nothing_are_refused() -> None:
-    for wrong in ({"threads": 0}, {"max_batch": 0}, {"pace_seconds": -1.0}, {"silent_seconds": 0.0}):
+    nan = float("nan")
+    for wrong in ({"threads": 0}, {"threads": 1.5}, {"max_batch": 0}, {"max_batch": nan}, {"pace_seconds": -1.0}, {"pace_seconds": nan}, {"silent_seconds": 0.0}):
         with pytest.raises(ValueError, match="runs nothing"):
             WorkerOptions(**wrong)
 
@@ -241,6 +245,107 @@ def test_a_request_of_the_dead_can_be_cancelled() -> None:
         eventually(lambda: workers.names == ())
         workers.cancel(story)
         assert workers.ledger.accept(Token(story, 1, 4, 1, "x")) in ("refused", "stale")
+
+
+def test_a_reader_is_told_when_the_last_worker_dies_and_nobody_spins() -> None:
+    """The only other name has been retired: it inherits nothing, and whoever looks for an heir stops looking."""
+    with Workers("no checkpoint", program=FAKE) as workers:
+        workers.kill("one")
+        eventually(lambda: workers.names == ("two",))
+        story = told(workers, "two", [1, 2, 3], max_new_tokens=10_000)
+        workers.kill("two")
+        with pytest.raises(ModelError, match="every worker has died"):
+            list(workers.ledger.stream(story, timeout=10))
+        before = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - before < 0.25, "a thread of the parent runs in a loop"
+        for name, words in (("one", "worker 'one' has died"), ("two", "worker 'two' has died"), ("three", "there is no worker 'three'")):
+            with pytest.raises(WireError, match=f"{words}.*; these live: none, so start another"):
+                workers.submit(name, [1, 2, 3])
+        workers.start("three")
+        check_whole(workers, told(workers, "three", [1, 2, 3], max_new_tokens=20), [1, 2, 3], 20)
+
+
+# --- what submit and move refuse -------------------------------------------------------------------------------------------
+
+
+def test_a_stop_string_may_be_one_or_several() -> None:
+    with Workers("no checkpoint", ["one"], program=FAKE) as workers:
+        for given, stops in (("The end.", ("The end.",)), (["a", "bc"], ("a", "bc")), ((), ())):
+            story = workers.submit("one", [1, 2, 3], stop=given)
+            assert workers.ledger.session(story).stop == stops
+        refused: list[tuple[dict[str, Any], str]] = [({"stop": 5}, "stop is 5"), ({"stop": ""}, "stop string is empty"), ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5")]
+        for wrong, words in [*refused, ({"request_id": ""}, "request_id is ''"), ({"sampling": 0.8}, "must be a SamplingOptions")]:
+            with pytest.raises(ValueError, match=words):
+                workers.submit("one", [1, 2, 3], **wrong)
+
+
+def test_a_move_that_cannot_be_is_refused_in_a_sentence() -> None:
+    with Workers("no checkpoint", program=FAKE) as workers:
+        story = told(workers, "one", [1, 2, 3], max_new_tokens=1000)
+        with pytest.raises(ValueError, match=r"there is no mode 'fast'.*tokens, kv, stop_and_copy or auto"):
+            workers.move(story, "two", mode="fast")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="target_gap_tokens is 0"):
+            workers.move(story, "two", target_gap_tokens=0)
+        with pytest.raises(ModelError, match="is with worker 'one' already"):
+            workers.move(story, "one")
+        with pytest.raises(WireError, match="there is no worker 'three'; these live"):
+            workers.move(story, "three")
+        check_whole(workers, story, [1, 2, 3], 1000)
+        with pytest.raises(ModelError, match=r"cannot be moved: its text has ended \(length\)"):
+            workers.move(story, "two")
+
+
+# --- Ctrl-C -----------------------------------------------------------------------------------------------------------------
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+sys.path.insert(0, {tests!r})
+import fake_engine
+from sllm_mini.inference.workers import Workers
+
+def interrupt():
+    os.killpg(0, signal.SIGINT)
+
+def told():
+    with Workers("no checkpoint", program=(fake_engine.__file__,)) as workers:
+        story = workers.submit("one", [1, 2, 3], max_new_tokens=100_000, stop_at_eos=False)
+        threading.Timer(0.3, interrupt).start()
+        try:
+            for _ in workers.ledger.stream(story, timeout=20):
+                pass
+        except KeyboardInterrupt:
+            for worker in workers._workers.values():
+                os.kill(worker.process.pid, signal.SIGINT)
+            heard = len(workers.ledger.pieces(story))
+            stream = workers.ledger.stream(story, timeout=20)
+            for _ in range(heard + 50):
+                next(stream)
+            print("still", *sorted(workers.names), "since epoch", workers.register.owner(story).epoch)
+            raise
+
+def starting():
+    threading.Timer(0.3, interrupt).start()
+    with Workers("no checkpoint", program=("-c", "import time; time.sleep(600)")):
+        pass
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        {how}()
+    except KeyboardInterrupt:
+        print("Interrupted.")
+"""
+
+
+@pytest.mark.parametrize(("how", "said"), [("told", "still one two since epoch 1\nInterrupted.\n"), ("starting", "Interrupted.\n")])
+def test_an_interrupt_is_for_the_parent_alone(tmp_path: Path, how: str, said: str) -> None:
+    """Ctrl-C at a terminal and a notebook's Interrupt reach the whole process group: the workers live on until their parent ends
+    them, at once also where they still load, and none of them complains."""
+    program = tmp_path / "parent.py"
+    program.write_text(INTERRUPTED.format(tests=str(Path(fake_engine.__file__).parent), how=how))
+    ended = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60, start_new_session=True, check=False)
+    assert (ended.stdout, ended.stderr, ended.returncode) == (said, "", 0)
 
 
 # --- a mode by measured speeds ----------------------------------------------------------------------------------------------

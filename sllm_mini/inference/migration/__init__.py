@@ -17,16 +17,19 @@ Costs, beside what is sent: the source's steps wait while its KV is read, one bl
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from sllm_mini.errors import ModelError, WireError
 from sllm_mini.inference.migration.choice import (
     Speeds,
     break_even_bytes_per_second,
-    choose_measured,
     choose_mode,
     copy_seconds,
     recompute_seconds,
+    resolve_mode,
 )
 from sllm_mini.inference.migration.link import AnswerChannel
 from sllm_mini.inference.migration.messages import Answer, Mode, Phase, Report
@@ -35,6 +38,7 @@ from sllm_mini.inference.migration.target import MigrationServer, MigrationTarge
 from sllm_mini.inference.ownership.feed import TokenFeed
 from sllm_mini.inference.ownership.register import Register
 from sllm_mini.inference.ownership.server import ANSWER_SECONDS, TRIES
+from sllm_mini.types import Epoch
 from sllm_mini.wire import Channel, connect
 
 if TYPE_CHECKING:
@@ -62,6 +66,9 @@ OWNER_SECONDS = MoveOptions().stopped_seconds + SETTLE_QUESTIONS * TRIES * ANSWE
 `stopped_seconds` for an answer, then asks the register up to `SETTLE_QUESTIONS` questions, each `TRIES` times at most. A
 register that answers at once settles it after `stopped_seconds`. An owner that hangs later is the parent's to notice."""
 _CONNECT_SECONDS = 5.0
+_moving: set[tuple[int, str, Epoch]] = set()
+"""Engine, request and epoch of every move out of this process: in one epoch a request is moved by one caller at a time."""
+_moving_lock = threading.Lock()
 
 
 def should_hand_over(gap_tokens: int, previous_gap_tokens: int | None, *, rounds_left: int, target_gap_tokens: int) -> bool:
@@ -96,24 +103,41 @@ def migrate(
     steps the engine; several requests may move at once. A destination that refuses, dies or is silent is no error: the
     report says who owns the request at the end, and why.
 
-    Raises ModelError for a request that this engine does not run or `owner` does not own, WireError if the register cannot be
-    asked, and ValueError for the mode "auto" without `speeds`.
+    Raises ModelError for a request that this engine does not run, that `owner` does not own or that is being moved already,
+    WireError if the register cannot be asked, and ValueError for a mode that there is not and for "auto" without `speeds`.
     """
     options = options or MoveOptions()
+    chosen = resolve_mode(mode, speeds, lambda: len(engine.session(request_id).token_ids))
     held, epoch = register.owner(request_id)
-    if request_id not in engine.requests or held != owner or (feed is not None and feed.epoch(request_id) != epoch):
+    if held != owner:
         raise ModelError(f"request {request_id!r} is {held or 'nobody'}'s and cannot be moved by {owner}; ask the register for its owner")
-    chosen = choose_measured(len(engine.session(request_id).token_ids), speeds) if mode == "auto" else mode
+    if request_id not in engine.requests or (feed is not None and feed.epoch(request_id) != epoch):
+        raise ModelError(f"request {request_id!r} is {owner}'s and does not run: its text has ended, or has yet to begin; there is nothing to move")
+    with _one_at_a_time(engine, request_id, epoch):
+        try:
+            channel = destination if isinstance(destination, Channel) else _connected(destination)
+        except WireError as error:
+            return Report(request_id, chosen, "stayed", owner, epoch, f"the source goes on: {error}", [])
+        try:
+            return Source(
+                engine, request_id, channel, owner=owner, epoch=epoch, register=register, feed=feed, mode=chosen, options=options, decide=should_hand_over
+            ).run()
+        finally:
+            channel.close()
+
+
+@contextmanager
+def _one_at_a_time(engine: Engine, request_id: str, epoch: Epoch) -> Iterator[None]:
+    move = id(engine), request_id, epoch
+    with _moving_lock:
+        if move in _moving:
+            raise ModelError(f"request {request_id!r} is being moved already; wait for the report of that move")
+        _moving.add(move)
     try:
-        channel = destination if isinstance(destination, Channel) else _connected(destination)
-    except WireError as error:
-        return Report(request_id, chosen, "stayed", owner, epoch, f"the source goes on: {error}", [])
-    try:
-        return Source(
-            engine, request_id, channel, owner=owner, epoch=epoch, register=register, feed=feed, mode=chosen, options=options, decide=should_hand_over
-        ).run()
+        yield
     finally:
-        channel.close()
+        with _moving_lock:
+            _moving.discard(move)
 
 
 def _connected(address: str | os.PathLike[str]) -> AnswerChannel:

@@ -8,8 +8,11 @@ than the destination recomputes (the trade of ServerlessLLM, OSDI'24, which reco
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from sllm_mini.inference.migration.messages import Mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,15 @@ def choose_mode(n_tokens: int, speeds: Speeds) -> Literal["tokens", "kv"]:
     return "kv" if copy_seconds(n_tokens, speeds) < recompute_seconds(n_tokens, speeds) else "tokens"
 
 
-def choose_measured(n_tokens: int, speeds: Speeds | None) -> Literal["tokens", "kv"]:
-    """`choose_mode`, for a caller to whom the speeds may be unknown. Raises ValueError without them."""
-    if speeds is None:
-        raise ValueError("mode 'auto' chooses by speeds; measure them (`sllm-mini bench migrate` does) and give them, or name a mode")
-    return choose_mode(n_tokens, speeds)
+def resolve_mode(mode: Mode | Literal["auto"], speeds: Speeds | None, count_tokens: Callable[[], int]) -> Mode:
+    """The mode that was named, or for "auto" the faster one by `speeds` for as many tokens as `count_tokens` says.
+
+    Raises ValueError for a mode that there is not, and for "auto" without speeds.
+    """
+    if mode == "auto":
+        if speeds is None:
+            raise ValueError("mode 'auto' chooses by speeds; measure them (`sllm-mini bench migrate` does) and give them, or name a mode")
+        return choose_mode(count_tokens(), speeds)
+    if mode not in get_args(Mode):
+        raise ValueError(f"there is no mode {mode!r:.60}; a request moves by one of {', '.join(get_args(Mode))} or auto")
+    return mode

@@ -6,6 +6,7 @@ After that the register decides. Explained in chapter 07.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ SETTLE_QUESTIONS = 4
 
 @dataclass(frozen=True, slots=True)
 class MoveOptions:
-    """How patient a move is. Raises ValueError for what is not positive.
+    """How patient a move is. Raises ValueError for what is no whole number of at least 1, or no finite time above 0.
 
     `target_gap_tokens` is the gap at which the source stops, `max_rounds` after how many rounds it stops anyway. An answer may take
     `answer_seconds` while the source decodes on, and `stopped_seconds` once it has stopped, all tries together.
@@ -46,9 +47,12 @@ class MoveOptions:
     block_nbytes: int = 16 << 20
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be more than 0")
+        for name in ("target_gap_tokens", "max_rounds", "block_nbytes"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r:.60}; it must be a whole number of at least 1")
+        for name in ("answer_seconds", "stopped_seconds"):
+            if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)!r:.60}; it must be a number of seconds, more than 0 and finite")
 
 
 class _Gone(Exception):

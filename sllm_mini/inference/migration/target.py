@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-from sllm_mini.errors import WireError
+from sllm_mini.errors import ModelError, WireError
 from sllm_mini.inference.migration import messages
 from sllm_mini.inference.ownership.feed import Speaker, TokenFeed
 from sllm_mini.inference.ownership.register import Register
@@ -92,6 +92,8 @@ class MigrationTarget:
             raise WireError("a conversation moves one request; open another for the next")
         if session.request_id != request.request_id:
             raise WireError(f"request {request.request_id!r} came with the session of {session.request_id!r}")
+        if session.request_id in self._engine.requests and self._register.owner(session.request_id).owner == self._owner:
+            raise ModelError(f"request {session.request_id!r} is there already: it is {self._owner}'s; name another destination")
         self._engine.prepare(session)
         self._guest = session
 

@@ -12,6 +12,7 @@ begin again with another, from the last token in the ledger.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -25,13 +26,14 @@ from pathlib import Path
 from typing import Literal
 
 from sllm_mini.errors import ModelError, WireError
-from sllm_mini.inference.migration.choice import Speeds, choose_measured
+from sllm_mini.inference.migration.choice import Speeds, resolve_mode
 from sllm_mini.inference.migration.messages import Mode, Report
+from sllm_mini.inference.migration.source import MoveOptions
 from sllm_mini.inference.ownership.ledger import TokenLedger
 from sllm_mini.inference.ownership.register import EpochRegister
 from sllm_mini.inference.ownership.server import OwnershipServer
 from sllm_mini.inference.sampler import SamplingOptions
-from sllm_mini.inference.session import Session
+from sllm_mini.inference.session import Session, request_problem
 from sllm_mini.inference.workers import messages
 from sllm_mini.inference.workers.process import WorkerProcess
 from sllm_mini.types import Epoch
@@ -51,8 +53,9 @@ class WorkerOptions:
     silent_seconds: float = 20.0
 
     def __post_init__(self) -> None:
-        if self.threads < 1 or self.max_batch < 1 or self.pace_seconds < 0 or self.silent_seconds <= 0:
-            raise ValueError(f"{self} runs nothing; threads and max_batch are at least 1, pace_seconds at least 0, silent_seconds more than 0")
+        whole = type(self.threads) is int and type(self.max_batch) is int and self.threads >= 1 and self.max_batch >= 1
+        if not (whole and 0 <= self.pace_seconds < math.inf and 0 < self.silent_seconds < math.inf):
+            raise ValueError(f"{self} runs nothing; threads and max_batch are whole numbers of at least 1, pace_seconds is at least 0, silent_seconds more than 0")
 
 
 class Workers:
@@ -78,6 +81,8 @@ class Workers:
         self._folder = Path(tempfile.mkdtemp(prefix="sllm-workers-"))
         self._lock = threading.RLock()
         self._workers: dict[str, WorkerProcess] = {}
+        self._loading: set[WorkerProcess] = set()
+        self._closed = False
         self._taken: set[str] = set()
         """Names of workers that start, live, or have lived: none is given twice, as the register asks."""
         try:
@@ -85,13 +90,15 @@ class Workers:
         except BaseException:
             shutil.rmtree(self._folder)
             raise
+        pool = ThreadPoolExecutor(max(len(names), 1))
         try:
-            with ThreadPoolExecutor(max(len(names), 1)) as pool:
-                for started in [pool.submit(self.start, name) for name in names]:
-                    started.result()
-        except BaseException:
+            for started in [pool.submit(self.start, name) for name in names]:
+                started.result()
+        except BaseException:  # also a Ctrl-C: nobody waits for the others to load
             self.close()
             raise
+        finally:
+            pool.shutdown()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,32 +113,39 @@ class Workers:
             if name in self._taken:
                 raise ValueError(f"a worker was started as {name!r} before; give each worker a name of its own")
             self._taken.add(name)
+        worker = None
         try:
-            worker = self._load(name)
+            with self._lock:
+                if self._closed:
+                    raise WireError(f"worker {name} cannot start: these workers were closed; open others")
+                worker = WorkerProcess(name, self._program, self._bury)
+                self._loading.add(worker)
+            self.model = self._load(worker)
+            with self._lock:
+                if self._closed:
+                    raise WireError(f"worker {name} was closed while it loaded its model")
+                self._workers[name] = worker
         except BaseException:
+            if worker is not None:
+                worker.close()
             with self._lock:
                 self._taken.discard(name)  # it never spoke
             raise
-        with self._lock:
-            self._workers[name] = worker
+        finally:
+            with self._lock:
+                self._loading -= {worker}
         if worker.gone:  # before it was among the workers, so that nobody has buried it
             self._bury(name)
         worker.watch(self.options.silent_seconds)
         return worker
 
-    def _load(self, name: str) -> WorkerProcess:
-        worker = WorkerProcess(name, self._program, self._bury)
+    def _load(self, worker: WorkerProcess) -> str:
         options = self.options
         begin = messages.Open(
-            worker.next(), self.checkpoint, options.device, name, str(self._address(name)), self._server.address, options.threads, options.max_batch,
-            options.pace_seconds,
+            worker.next(), self.checkpoint, options.device, worker.name, str(self._address(worker.name)), self._server.address, options.threads,
+            options.max_batch, options.pace_seconds,
         )  # fmt: skip
-        try:
-            self.model = worker.ask(begin, messages.Opened).model
-        except BaseException:
-            worker.close()
-            raise
-        return worker
+        return worker.ask(begin, messages.Opened).model
 
     def submit(
         self,
@@ -140,18 +154,23 @@ class Workers:
         *,
         max_new_tokens: int = 128,
         sampling: SamplingOptions | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         stop_at_eos: bool = True,
         request_id: str | None = None,
     ) -> str:
         """Starts a request with worker `name` and returns its id; `ledger.stream(id)` reads its text wherever it goes. Raises the
-        engine's error for a prompt it cannot take."""
+        engine's error for a prompt it cannot take, ValueError for options that it cannot take, WireError for a worker that does not live."""
+        if not isinstance(stop, str | Sequence):
+            raise ValueError(f"stop is {stop!r:.60}; it must be a text or several, or be left out")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        request_id = uuid.uuid4().hex[:12] if request_id is None else request_id
+        sampling = SamplingOptions() if sampling is None else sampling
+        problem = request_problem(request_id, max_new_tokens, sampling, stops, stop_at_eos)
+        if problem is not None:
+            raise ValueError(problem)
         worker = self._worker(name)
         token_ids = worker.ask(messages.Encode(worker.next(), prompt), messages.Encoded).token_ids if isinstance(prompt, str) else [*prompt]
-        session = Session(
-            request_id or uuid.uuid4().hex[:12], self.model, tuple(token_ids), len(token_ids), max_new_tokens, sampling or SamplingOptions(), tuple(stop),
-            stop_at_eos,
-        )  # fmt: skip
+        session = Session(request_id, self.model, tuple(token_ids), len(token_ids), max_new_tokens, sampling, stops, stop_at_eos)
         self.ledger.open(session)
         epoch = self.register.claim(session.request_id, name, 0)
         try:
@@ -168,15 +187,24 @@ class Workers:
     def move(
         self, request_id: str, to: str, *, mode: Mode | Literal["auto"] = "tokens", speeds: Speeds | None = None, target_gap_tokens: int = 4
     ) -> Report:
-        """Moves a request to worker `to` while its text goes on; `mode` and `speeds` as for `migrate`. Raises ModelError if nobody
-        runs it, WireError if its worker dies."""
+        """Moves a request to worker `to` while its text goes on; `mode` and `speeds` as for `migrate`.
+
+        Raises ModelError for a request that nobody runs, whose text has ended, that is being moved or is there already, WireError
+        for a worker that does not live or dies meanwhile, ValueError for a mode or a gap that there is not.
+        """
+        chosen = resolve_mode(mode, speeds, lambda: len(self.ledger.session(request_id).token_ids))
+        gap = MoveOptions(target_gap_tokens=target_gap_tokens).target_gap_tokens
         owner = self.register.owner(request_id).owner
         if owner is None:
             raise ModelError(f"request {request_id!r} is nobody's; it was never submitted, or was closed")
+        finish = self.ledger.finish(request_id)
+        if finish is not None:
+            raise ModelError(f"request {request_id!r} cannot be moved: its text has ended ({finish})")
         self._worker(to)
+        if owner == to:
+            raise ModelError(f"request {request_id!r} is with worker {to!r} already; name another to move it to")
         worker = self._worker(owner)
-        chosen = choose_measured(len(self.ledger.session(request_id).token_ids), speeds) if mode == "auto" else mode
-        return worker.ask(messages.Move(worker.next(), request_id, str(self._address(to)), chosen, target_gap_tokens), messages.Moved).report
+        return worker.ask(messages.Move(worker.next(), request_id, str(self._address(to)), chosen, gap), messages.Moved).report
 
     def cancel(self, request_id: str) -> None:
         """Ends a request for its reader and in its engine. Raises ModelError for a request that is not open."""
@@ -194,8 +222,8 @@ class Workers:
     def close(self) -> None:
         """Ends all workers and forgets all requests."""
         with self._lock:
-            workers, self._workers = self._workers, {}
-        for worker in workers.values():
+            workers, self._workers, self._closed = [*self._workers.values(), *self._loading], {}, True
+        for worker in workers:
             worker.close()
         self._server.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -213,7 +241,8 @@ class Workers:
         with self._lock:
             worker = self._workers.get(name)
         if worker is None:
-            raise WireError(f"there is no worker {name!r}; these live: {', '.join(self.names) or 'none'}")
+            what = f"worker {name!r} has died, was closed or still loads" if name in self._taken else f"there is no worker {name!r}"
+            raise WireError(f"{what}; these live: {', '.join(self.names) or 'none, so start another'}")
         return worker
 
     def _dead(self, name: str) -> bool:

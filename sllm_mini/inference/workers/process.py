@@ -36,7 +36,8 @@ class WorkerProcess:
     def __init__(self, name: str, program: Sequence[str], on_death: Callable[[str], None]) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            self.process = subprocess.Popen([sys.executable, *program], stdin=theirs.fileno())
+            # A group of its own: a Ctrl-C at a terminal and a notebook's Interrupt go to the whole group, and mean the parent alone.
+            self.process = subprocess.Popen([sys.executable, *program], stdin=theirs.fileno(), process_group=0)
         self.name = name
         self._on_death = on_death
         self._channel: Channel[messages.Answer] = Channel(ours, messages.Answer, name=f"worker {name}")

@@ -9,7 +9,9 @@ more: the parent begins its requests again elsewhere.
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -106,6 +108,9 @@ class Worker:
                 else:
                     self._awake.wait(_IDLE_SECONDS)
                     self._awake.clear()
+        except WireError as error:  # often its parent has ended too, and then its reader knows why
+            print(f"worker {self._owner} ends: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
         except BaseException:  # noqa: BLE001 - it is told, and ends the process
             traceback.print_exc()
             os._exit(1)
@@ -128,7 +133,8 @@ def load(begin: messages.Open) -> Engine:
 
 
 def main(make: Callable[[messages.Open], Engine] = load) -> NoReturn:
-    """Runs a worker whose parent is at the other end of standard input."""
+    """Runs a worker whose parent is at the other end of standard input. It ignores SIGINT: its parent, or a killer, ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.dup(0)
     with open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)

@@ -81,6 +81,7 @@ def travel(
     *,
     max_new_tokens: int = 160,
     sampling: SamplingOptions | None = None,
+    stop_at_eos: bool = True,
     watch: Callable[[Journey], None] | None = None,
 ) -> Journey:
     """Submits `prompt` to `source` and moves it to (worker, mode) as soon as that many new tokens have come.
@@ -88,7 +89,7 @@ def travel(
     `watch` gets the journey so far after each token. Raises what submitting raises, ModelError for a move that no
     living worker could begin, TimeoutError where no token comes.
     """
-    request = workers.submit(source, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+    request = workers.submit(source, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop_at_eos=stop_at_eos)
     pieces: list[LedgerPiece] = []
     owners: dict[int, str] = {}
     asked: list[Future[Report | None]] = []

@@ -19,8 +19,10 @@ from itertools import pairwise
 from sllm_mini.checkpoint import Checkpoint
 from sllm_mini.inference.engine import Engine
 from sllm_mini.inference.migration import Mode, MoveOptions, Speeds
+from sllm_mini.inference.session import Session
 
 _STEPS = 12
+_ROUNDS = 3
 _TOKEN_NBYTES = 4
 
 
@@ -64,8 +66,17 @@ def predict(parts: Parts, mode: Mode, context: int) -> Prediction:
     return Prediction(mode, context, session + speeds.kv_nbytes_per_token * context, copy, 1 + late / parts.step_seconds)
 
 
+def crossing(parts: Parts, mode: Mode) -> float:
+    """Tokens of context from which on `predict` has a longer pause for stop and copy than for `mode`: there the copy of the whole
+    cache outlasts what the mode adds to a step. Pure."""
+    if mode == "tokens":
+        return max(parts.gap_seconds - parts.step_seconds, 0.0) * parts.speeds.link_bytes_per_second / parts.speeds.kv_nbytes_per_token
+    return float(parts.target_gap_tokens) if mode == "kv" else 0.0
+
+
 def measure_parts(checkpoint: Checkpoint, *, tokens: int = 512, device: str = "cpu", threads: int = 1) -> Parts:
     """Runs each part alone: a request of `tokens`, its decode steps, its KV read, sent and written, the same computed again.
+    Medians: of the steps, and of a few rounds of the rest after one that is not counted, since the first pass of a kind allocates.
 
     Raises what loading and running the model raise. Costs the model's memory once and the cache of two requests.
     """
@@ -79,23 +90,29 @@ def measure_parts(checkpoint: Checkpoint, *, tokens: int = 512, device: str = "c
         engine.hold(session.request_id)
         short = replace(session, token_ids=session.token_ids[:1], prompt_length=1)
         nbytes, least = len(session.to_bytes()), len(short.to_bytes())
-        for name in ("warm", "measured"):  # the first pass of a kind allocates
-            guest = replace(session, request_id=name)
-            engine.prepare(guest)
-            gap = 1 + min(MoveOptions().target_gap_tokens, len(session.token_ids) - 2)
-            many = session.token_ids[:-gap]
-            started = time.monotonic()
-            engine.absorb(name, many)
-            recompute = len(many) / ((stopped := time.monotonic()) - started)
-            engine.absorb(name, session.token_ids[-gap:])
-            last = time.monotonic() - stopped
-            engine.drop(name)
-            engine.prepare(guest)
-            link = _carry(engine, session.request_id, name)
-            engine.drop(name)
+        gap = 1 + min(MoveOptions().target_gap_tokens, len(session.token_ids) - 2)
+        recompute, last, link = zip(*(_again(engine, session, gap) for _ in range(1 + _ROUNDS)), strict=True)
         kv = engine.kv_nbytes_per_token
         generation.close()
-    return Parts(step, Speeds(recompute, link, kv), least, (nbytes - least) / (len(session.token_ids) - 1), last)
+    speeds = Speeds(statistics.median(recompute[1:]), statistics.median(link[1:]), kv)
+    return Parts(step, speeds, least, (nbytes - least) / (len(session.token_ids) - 1), statistics.median(last[1:]))
+
+
+def _again(engine: Engine, session: Session, gap: int) -> tuple[float, float, float]:
+    """One guest computed again and one copied: tokens a second, seconds of the pass over the last `gap`, bytes a second."""
+    guest = replace(session, request_id="guest")
+    many = session.token_ids[:-gap]
+    engine.prepare(guest)
+    started = time.monotonic()
+    engine.absorb("guest", many)
+    stopped = time.monotonic()
+    engine.absorb("guest", session.token_ids[-gap:])
+    last = time.monotonic() - stopped
+    engine.drop("guest")
+    engine.prepare(guest)
+    link = _carry(engine, session.request_id, "guest")
+    engine.drop("guest")
+    return len(many) / (stopped - started), last, link
 
 
 def _carry(engine: Engine, source: str, guest: str) -> float:

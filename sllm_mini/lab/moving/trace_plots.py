@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -22,6 +23,12 @@ _PHASE_WORDS = {"round": "rounds, the source decodes on", "stop": "stop", "copy"
 _ROLES = {"round": "wait", "stop": "process", "copy": "dram", "hand over": "runtime", "resume": "device"}
 
 
+def step_of(traces: Sequence[Trace]) -> float:
+    """One decode step in seconds: the median of all steps before the moves. Traces of one model at one context compute the same in
+    every step, so one unit serves them all; how far they lie apart from each other is the machine's scatter."""
+    return statistics.median(trace.step_seconds for trace in traces)
+
+
 def plot_intervals(traces: Sequence[Trace]) -> Figure:
     """Milliseconds between each token and the one before it, one panel a trace, on one scale; the ground is grey while the
     destination is being brought near, a line marks the token that came from the new owner."""
@@ -30,7 +37,7 @@ def plot_intervals(traces: Sequence[Trace]) -> Figure:
     use_style()
     figure, panels = pyplot.subplots(len(traces), 1, figsize=(7.2, 1.75 * len(traces) + 0.5), sharey=True, squeeze=False, layout="constrained")
     for trace, ax in zip(traces, panels[:, 0], strict=True):
-        _intervals(ax, trace)
+        _intervals(ax, trace, step_of(traces))
     panels[0, 0].set_ylim(0, 1.12e3 * max(later.arrived - earlier.arrived for trace in traces for earlier, later in pairwise(trace.pieces)))
     panels[-1, 0].set_xlabel("new tokens of the request so far")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
@@ -38,7 +45,7 @@ def plot_intervals(traces: Sequence[Trace]) -> Figure:
     return figure
 
 
-def _intervals(ax: Axes, trace: Trace) -> None:
+def _intervals(ax: Axes, trace: Trace, step_seconds: float) -> None:
     before = sum(piece.arrived <= trace.started for piece in trace.pieces)
     numbers = range(2, len(trace.pieces) + 1)
     waits = [(later.arrived - earlier.arrived) * 1e3 for earlier, later in pairwise(trace.pieces)]
@@ -49,10 +56,10 @@ def _intervals(ax: Axes, trace: Trace) -> None:
     for moved, role, marker, words in ((False, _SOURCE, "o", "from the source"), (True, _DESTINATION, "s", "from the destination")):
         points = [(number, wait) for number, wait, at in zip(numbers, waits, there, strict=True) if at == moved]
         ax.plot(*zip(*points, strict=True), marker, markersize=4, color=color_of(role), markeredgecolor=darker(color_of(role)), label=words)
-    ax.axhline(trace.step_seconds * 1e3, color=MUTED, linewidth=1.0, linestyle=":", label="a step before the move")
+    ax.axhline(step_seconds * 1e3, color=MUTED, linewidth=1.0, linestyle=":", label="a step before the move")
     left = first > 0.6 * len(trace.pieces)
     ax.annotate(
-        f"{trace.gap_seconds / trace.step_seconds:.1f} steps", (first, 0.94), xycoords=("data", "axes fraction"), xytext=(-6 if left else 6, 0),
+        f"{trace.gap_seconds / step_seconds:.1f} steps", (first, 0.94), xycoords=("data", "axes fraction"), xytext=(-6 if left else 6, 0),
         textcoords="offset points", ha="right" if left else "left", va="top", fontsize=9.5, color=INK,
     )  # fmt: skip
     ax.set_title(f"{MODE_WORDS[trace.mode]}, {trace.context} tokens of context", fontsize=10)
@@ -68,6 +75,7 @@ def plot_phases(traces: Sequence[Trace], ax: Axes | None = None) -> Axes:
         use_style()
         _, ax = pyplot.subplots(figsize=(7.2, 0.72 * len(traces) + 1.5), layout="constrained")
     longest = max(trace.pause_seconds for trace in traces)
+    step = step_of(traces) * 1e3
     for row, trace in enumerate(traces):
         zero = trace.report.last_step_at or trace.started
         for phase in trace.report.phases:
@@ -77,10 +85,9 @@ def plot_phases(traces: Sequence[Trace], ax: Axes | None = None) -> Axes:
             if high > low:
                 color = color_of(_ROLES[phase.name])
                 ax.broken_barh([(low * 1e3, (high - low) * 1e3)], (row - 0.32, 0.64), facecolor=color, edgecolor=darker(color), linewidth=0.6)
-        step = trace.step_seconds * 1e3
         ax.broken_barh([((trace.pause_seconds * 1e3) - step, step)], (row + 0.34, 0.1), facecolor=INK)
         ax.annotate(
-            f" {seconds_text(trace.pause_seconds)}, {trace.pause_seconds / trace.step_seconds:.1f} steps", (trace.pause_seconds * 1e3, row),
+            f" {seconds_text(trace.pause_seconds)}, {trace.pause_seconds * 1e3 / step:.1f} steps", (trace.pause_seconds * 1e3, row),
             va="center", fontsize=9.5, color=INK,
         )  # fmt: skip
     ax.axvline(0, color=INK, linewidth=1.2)
@@ -109,14 +116,21 @@ def phases_table(traces: Sequence[Trace]) -> Table:
 
 
 def traces_text(traces: Sequence[Trace]) -> str:
-    """Of each move, the wait that its reader noticed and the step it is measured in."""
-    parts = []
-    for trace in traces:
-        during = sum(trace.started < piece.arrived and piece.epoch != trace.report.epoch for piece in trace.pieces)
-        parts.append(
-            f"{MODE_WORDS[trace.mode]}: {seconds_text(trace.gap_seconds)} between two tokens where a step takes {seconds_text(trace.step_seconds)} "
-            f"(x{trace.gap_seconds / trace.step_seconds:.1f}); {during} tokens came while it moved, in {trace.report.rounds} rounds"
-        )
-    return "; ".join(parts) + "."
+    """The step before the moves, then of each move the wait that its reader noticed, and how the source's steps went meanwhile."""
+    step, each = step_of(traces), [trace.step_seconds for trace in traces]
+    parts = [_trace_text(trace, step) for trace in traces]
+    return f"A step before the moves takes {seconds_text(step)} ({seconds_text(min(each))} to {seconds_text(max(each))} in the {len(traces)} requests). " + "; ".join(parts) + "."
 
 
+def _trace_text(trace: Trace, step: float) -> str:
+    waits = [later.arrived - earlier.arrived for earlier, later in pairwise(trace.pieces) if later.arrived > trace.started and later.epoch != trace.report.epoch]
+    said = f"{MODE_WORDS[trace.mode]}: {seconds_text(trace.gap_seconds)} between the last token from the source and the first from the destination (x{trace.gap_seconds / step:.1f})"
+    if waits:
+        said += f", before that {len(waits)} tokens while it moved, after x{statistics.median(waits) / step:.1f} of a step as a rule and x{max(waits) / step:.1f} at most"
+    return said
+
+
+def phases_text(traces: Sequence[Trace]) -> str:
+    """Of each move the pause as the workers saw it, from the end of one step to the end of the next."""
+    step = step_of(traces)
+    return "; ".join(f"{MODE_WORDS[trace.mode]}: {seconds_text(trace.pause_seconds)}, {trace.pause_seconds / step:.1f} steps" for trace in traces) + "."
