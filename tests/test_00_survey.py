@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import pkgutil
 import re
 from pathlib import Path
 
@@ -32,6 +33,7 @@ GOOD = {
     "trust": "read in its abstract",
     "date": "2024",
     "chapter": "01;02",
+    "policy": "keepalive.FixedKeepAlive",
 }
 
 
@@ -68,12 +70,13 @@ def test_what_is_only_remembered_is_never_shown_as_a_fact() -> None:
 
 
 def test_a_row_says_what_its_cells_say(tmp_path: Path) -> None:
-    second = GOOD | {"system": "Other, with a comma", "date": "", "chapter": "", "figure": ""}
+    second = GOOD | {"system": "Other, with a comma", "date": "", "chapter": "", "figure": "", "policy": ""}
     rows = load_survey(write(tmp_path / "s.csv", GOOD, second))
     assert rows[0] == SurveyRow(
-        "Loader", "paper", "reads in parallel", (Warmth.DRAM, Warmth.DEVICE), "2x", "Conf'24", "read in its abstract", 2024, (1, 2)
-    )
-    assert (rows[1].system, rows[1].year, rows[1].chapters) == ("Other, with a comma", None, ())
+        "Loader", "paper", "reads in parallel", (Warmth.DRAM, Warmth.DEVICE), "2x", "Conf'24", "read in its abstract", 2024, (1, 2),
+        ("keepalive.FixedKeepAlive",),
+    )  # fmt: skip
+    assert (rows[1].system, rows[1].year, rows[1].chapters, rows[1].policies) == ("Other, with a comma", None, (), ())
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,8 @@ def test_a_row_says_what_its_cells_say(tmp_path: Path) -> None:
         ({"chapter": "12"}, "chapters"),
         ({"chapter": "1"}, "chapter '1'"),
         ({"chapter": "0\u0662"}, "chapter '0"),
+        ({"policy": "FixedKeepAlive"}, "policy 'FixedKeepAlive'"),
+        ({"policy": "keepalive.FixedKeepAlive;"}, "policy 'keepalive"),
         ({"mechanism": ""}, "mechanism is empty"),
         ({"system": ""}, "system is empty"),
         ({"source": ""}, "source is empty"),
@@ -120,7 +125,7 @@ def test_a_file_that_is_no_survey_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="'Loader' is on line 2 already"):
         load_survey(path)
     path.write_text(",".join(COLUMNS) + "\none,two\n", encoding="utf-8")
-    with pytest.raises(ResourceError, match="line 2: 2 cells where 9"):
+    with pytest.raises(ResourceError, match="line 2: 2 cells where 10"):
         load_survey(path)
     path.write_bytes(",".join(COLUMNS).encode() + b"\n\xff\xfe\n")
     with pytest.raises(ResourceError, match="not UTF-8"):
@@ -145,6 +150,24 @@ def test_the_filters_choose_and_the_caption_says_so() -> None:
     for row in rows:
         assert f">{row.system.replace('&', '&amp;')}<" in html
         assert set(f"{row.system} {row.mechanism} {row.figure} {row.source}: {row.trust}".split()) <= words
+
+
+def test_what_models_a_row_is_there_to_be_imported() -> None:
+    rows = load_survey()
+    named = {name for row in rows for name in row.policies}
+    assert {"keepalive.RainbowCake", "keepalive.FixedKeepAlive", "messages.ModelSpec.min_instances"} <= named
+    for name in sorted(named):
+        assert pkgutil.resolve_name(f"sllm_mini.control.{name}") is not None
+    provided = [row for row in rows if row.kind == "provider" and 9 in row.chapters]
+    assert provided and all(row.policies for row in provided), "chapter 09 simulates what each provider in it does"
+
+
+def test_the_column_of_policies_is_shown_on_request() -> None:
+    rows = load_survey()
+    plain, wide = survey_table(rows, chapter=9), survey_table(rows, chapter=9, policies=True)
+    assert wide.headers == (*plain.headers, "modelled by")
+    assert [line[:-1] for line in wide.rows] == list(plain.rows)
+    assert [line[-1] for line in wide.rows] == [", ".join(row.policies) for row in select(rows, chapter=9)]
 
 
 def test_the_matrix_has_a_dot_for_each_rung_of_each_row() -> None:

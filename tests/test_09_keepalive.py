@@ -25,7 +25,7 @@ from sllm_mini.control.keepalive import (
     layer_ttl,
 )
 from sllm_mini.control.keepalive.histogram import IdleTimes, Windows
-from sllm_mini.control.keepalive.rainbowcake import Arrivals, beta_seconds, quantile_seconds
+from sllm_mini.control.keepalive.rainbowcake import Layer, beta_seconds, quantile_seconds
 from sllm_mini.control.messages import ModelSpec, NodeSpec
 from sllm_mini.control.policy import Prewarm, Stay
 from sllm_mini.control.state import InstanceState
@@ -86,11 +86,11 @@ def test_formulas_refuse_what_cannot_be(make: object) -> None:
 
 
 def test_a_mean_gap_is_over_the_last_arrivals_only() -> None:
-    arrivals = Arrivals(6)
-    assert arrivals.mean_gap(1.0) is None
+    layer = Layer(6)
+    assert layer.mean_gap(1.0) is None
     for now in (0.0, 100.0, 110.0, 120.0, 130.0, 140.0, 150.0):
-        arrivals.add(now)
-    assert arrivals.mean_gap(160.0) == pytest.approx((160 - 100) / 6)
+        layer.times.append(now)
+    assert layer.mean_gap(160.0) == pytest.approx((160 - 100) / 6)
 
 
 # --- RainbowCake ----------------------------------------------------------------------------------------------------
@@ -128,14 +128,32 @@ def test_rainbowcake_keeps_no_longer_than_beta() -> None:
 
 
 def test_rainbowcake_prewarms_by_the_quantile() -> None:
-    policy, there = RainbowCake(), cluster("m")
-    assert policy.on_arrival(there.models["m"], there, 0.0, Warmth.COLD) == ()
-    (prewarm,) = policy.on_arrival(there.models["m"], there, 60.0, Warmth.COLD)
-    assert prewarm.at == pytest.approx(60 + 1.6094 * 30, abs=1e-2) and (prewarm.model, prewarm.warmth, prewarm.count) == ("m", Warmth.READY, 1)
+    quirk, there = RainbowCake(prewarm_always=True), cluster("m")
+    assert quirk.on_arrival(there.models["m"], there, 0.0, Warmth.COLD) == ()
     there.models["m"].open[1] = instance()
-    quirk = RainbowCake(prewarm_always=True)
-    quirk.on_arrival(there.models["m"], there, 0.0, Warmth.READY)
-    assert quirk.on_arrival(there.models["m"], there, 60.0, Warmth.READY)[0].count == 2
+    (prewarm,) = quirk.on_arrival(there.models["m"], there, 60.0, Warmth.READY)
+    assert prewarm.at == pytest.approx(60 + 1.6094 * 30, abs=1e-2) and (prewarm.model, prewarm.warmth, prewarm.count) == ("m", Warmth.READY, 2)
+    assert quirk.stay(instance(), there, 61.0).again is None
+
+
+def test_rainbowcake_prewarms_only_what_will_be_gone() -> None:
+    policy, there = RainbowCake(), cluster("m")
+    model = there.models["m"]
+    policy.on_deploy(model, there, 0.0)
+    beta = beta_seconds(1.0 + 1.0, 100 * MB)
+    assert beta == 5.0
+    policy.on_arrival(model, there, 0.0, Warmth.COLD)
+    assert policy.stay(instance(), there, 1.0) == Stay(300.0, Warmth.RUNTIME)  # nothing is expected after one arrival
+    assert policy.on_arrival(model, there, 4.0, Warmth.READY) == ()
+    assert policy.stay(instance(), there, 5.0) == Stay(beta, Warmth.RUNTIME)  # it is there by 4 + 1.609 x 2
+    stay = policy.gave_way(instance(), 0.0, 5.0)
+    assert stay.again is not None and stay.again.at == pytest.approx(4 + 1.6094 * 2, abs=1e-3)
+    (later,) = policy.on_arrival(model, there, 5.5, Warmth.COLD)  # before that: the next is expected later
+    assert later.at == pytest.approx(5.5 + 1.6094 * 5.5 / 3, abs=1e-3)
+    assert policy.on_arrival(model, there, 100.0, Warmth.COLD) == ()  # that one was due long ago
+    stay = policy.stay(instance(), there, 101.0)
+    assert stay.seconds == beta and stay.again is not None
+    assert stay.again.at == pytest.approx(100 + 1.6094 * 100 / 4, abs=1e-2) and stay.again.count == 1
 
 
 # --- hybrid histogram -----------------------------------------------------------------------------------------------
@@ -267,7 +285,7 @@ def test_clairvoyant_is_back_just_in_time() -> None:
     policy, there = Clairvoyant(lambda _, now: next((at for at in arrivals if at > now), None)), cluster("m")
     start = 0.5 + 2.0 + 1.0 + 1.0
     assert policy.on_deploy(there.models["m"], there, 0.0) == [Prewarm(100 - start, "m", Warmth.READY)]
-    assert policy.stay(instance(), there, 101.0) == Stay(None)  # sooner than a start would take
+    assert policy.stay(instance(), there, 101.0).seconds == pytest.approx(1.0, abs=0.01)  # sooner than a start would take
     assert policy.stay(instance(), there, 103.0) == Stay(0.0, again=Prewarm(500 - start, "m", Warmth.READY))
     assert policy.stay(instance(), there, 501.0) == Stay(0.0)
     assert policy.rank(instance(), there, 0.0) > policy.rank(instance(), there, 103.0) > policy.rank(instance(), there, 501.0)

@@ -23,7 +23,7 @@ from sllm_mini.types import Warmth
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLUMNS = ("system", "kind", "mechanism", "rung", "figure", "source", "trust", "date", "chapter")
+COLUMNS = ("system", "kind", "mechanism", "rung", "figure", "source", "trust", "date", "chapter", "policy")
 KINDS = ("paper", "open source", "provider")
 TRUST = (
     "read in its code",
@@ -36,11 +36,18 @@ TRUST = (
 """How far a row is to be trusted, from most to least."""
 
 _UNCHECKED = "unchecked: "
+_FORMS = (
+    ("date", r"(\d{4})?", "2025"),
+    ("chapter", r"(\d\d(;\d\d)*)?", "04;10"),
+    ("policy", r"(\w+(\.\w+)+(;\w+(\.\w+)+)*)?", "keepalive.FixedKeepAlive;autoscale.QueueLength"),
+)
+"""Column, pattern, and an example of what may stand in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class SurveyRow:
-    """One system or provider. `figure` is what its source reports, on its hardware; `year` is None where unknown.
+    """One system or provider. `figure` is what its source reports, on its hardware; `year` is None where unknown; `policies` are
+    what models it in `sllm_mini.control`, as dotted names.
 
     Raises ValueError for anything the README of the survey does not allow.
     """
@@ -54,6 +61,7 @@ class SurveyRow:
     trust: str
     year: int | None
     chapters: tuple[int, ...]
+    policies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("system", "mechanism", "source"):
@@ -79,9 +87,9 @@ def _row(cells: dict[str, str]) -> SurveyRow:
     unknown = [name for name in names if name.upper() not in Warmth.__members__ or name != name.lower()]
     if unknown:
         raise ValueError(f"rung {unknown[0]!r} is none of {', '.join(rung.name.lower() for rung in Warmth)}")
-    for column, pattern in (("date", r"(\d{4})?"), ("chapter", r"(\d\d(;\d\d)*)?")):
+    for column, pattern, example in _FORMS:
         if not re.fullmatch(pattern, cells[column], flags=re.ASCII):
-            raise ValueError(f"{column} {cells[column]!r} is not of the form {'2025' if column == 'date' else '04;10'}")
+            raise ValueError(f"{column} {cells[column]!r} is not of the form {example}")
     return SurveyRow(
         system=cells["system"],
         kind=cells["kind"],
@@ -92,6 +100,7 @@ def _row(cells: dict[str, str]) -> SurveyRow:
         trust=cells["trust"],
         year=int(cells["date"]) if cells["date"] else None,
         chapters=tuple(int(chapter) for chapter in cells["chapter"].split(";") if chapter),
+        policies=tuple(name for name in cells["policy"].split(";") if name),
     )
 
 
@@ -143,9 +152,10 @@ def select(
 
 
 def survey_table(
-    rows: Sequence[SurveyRow], *, rung: Warmth | None = None, kind: str | None = None, chapter: int | None = None
+    rows: Sequence[SurveyRow], *, rung: Warmth | None = None, kind: str | None = None, chapter: int | None = None, policies: bool = False
 ) -> Table:
-    """The selected rows as a table; the source and how far it is to be trusted stand beside each figure."""
+    """The selected rows as a table; the source and how far it is to be trusted stand beside each figure. With `policies` a last
+    column names what models the row in `sllm_mini.control`."""
     chosen = select(rows, rung=rung, kind=kind, chapter=chapter)
     filters = [
         *([f"attacking the rung {rung.name.lower()}"] if rung is not None else []),
@@ -153,7 +163,7 @@ def survey_table(
         *([f"rebuilt in chapter {chapter:02d}"] if chapter is not None else []),
     ]
     return Table(
-        headers=("system", "mechanism", "rungs", "as reported", "source, and how far we trust it", "year", "chapter"),
+        headers=("system", "mechanism", "rungs", "as reported", "source, and how far we trust it", "year", "chapter", *(["modelled by"] if policies else [])),
         rows=tuple(
             (
                 row.system,
@@ -163,6 +173,7 @@ def survey_table(
                 f"{row.source}: {row.trust}",
                 str(row.year) if row.year else "",
                 ", ".join(f"{chapter:02d}" for chapter in row.chapters),
+                *([", ".join(row.policies)] if policies else []),
             )
             for row in chosen
         ),

@@ -1,4 +1,7 @@
-"""The bound: a keep-alive that knows the future. No policy can have fewer cold starts for less memory. Pure. Chapter 09."""
+"""A bound to compare with: keep-alive that knows when each model is next asked for. Pure. Taught in chapter 09.
+
+It thinks of one instance of each model: where several requests run at once it can still find none ready.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,14 @@ from sllm_mini.control.policy import Prewarm, Stay
 from sllm_mini.control.state import InstanceState, ModelState
 from sllm_mini.types import Warmth
 
+_AFTER_SECONDS = 1e-3
+"""So that an arrival comes before the timer of the instance that waits for it."""
+
 
 @dataclass(slots=True)
 class Clairvoyant:
-    """`next_arrival(model, now)` is when its next request comes, None if none does. An idle instance stays only if that is no
-    later than a start takes; else it goes at once and is there again just in time."""
+    """`next_arrival(model, now)` is when its next request comes, at `now` or later, None if none does. An idle instance stays for
+    it only if that is no later than a start takes; else it goes at once and is there again just in time."""
 
     next_arrival: Callable[[str, float], float | None]
     estimator: Estimator = field(default_factory=Estimator)
@@ -42,7 +48,7 @@ class Clairvoyant:
             return Stay(0.0)
         start = self._start_seconds(model, cluster, now)
         if arrival - now <= start:
-            return Stay(None)
+            return Stay(arrival - now + _AFTER_SECONDS)
         return Stay(0.0, again=Prewarm(arrival - start, model.spec.name, Warmth.READY))
 
     def rank(self, instance: InstanceState, cluster: Cluster, now: float) -> float:
