@@ -1,7 +1,7 @@
 """Which tokens may attend to which, where several texts share one pass. Explained in chapter 07.
 
-A mask is a 4-D tensor, which transformers hands to the attention of every layer as it is: bool for torch's SDPA, numbers
-that are added for eager attention. Costs a byte for each pair of a query and a key, or one number of the model's dtype.
+A mask is a 4-D tensor, which transformers hands to the attention of every layer as it is: bool for torch's SDPA on a GPU,
+numbers that are added for eager attention and on a CPU, where SDPA would make them of a bool in every layer. Costs a byte for each pair of a query and a key, or one number of the model's dtype.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Masks:
                 mask = mask & together
             if window is not None:
                 mask = mask & (keys > queries - window)
-            if self._added:
+            if self._added or mask.device.type == "cpu":
                 least = torch.finfo(self._dtype).min
                 mask = torch.where(mask, torch.zeros((), dtype=self._dtype, device=mask.device), least)
             masks[kind] = mask
