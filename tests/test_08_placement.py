@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import pytest
@@ -30,7 +30,7 @@ from sllm_mini.control.placement import (
     choose_node,
 )
 from sllm_mini.control.placement.affinity import node_order
-from sllm_mini.control.placement.fit import fit, near_nodes
+from sllm_mini.control.placement.fit import fit, near_nodes, soonest
 from sllm_mini.control.placement.simple import Draws, shuffled
 from sllm_mini.control.placement.victims import cheapest_cover, shortage, victims
 from sllm_mini.control.policy import Move, Placement, Plan
@@ -442,7 +442,7 @@ def test_live_migration_beats_waiting_preempting_and_loading_from_afar() -> None
     # A is loaded in 1 s; by then it has 11 s / 0.05 = 220 tokens, and moves in 0.01 * (100 + 220) + 0.1 = 3.3 s; B takes 1 s.
     plan = world.plan(StartupTimeOptimised(), "B", 10.0)
     assert plan is not None and plan.estimate_seconds == pytest.approx(5.3)
-    assert replace(plan, estimate_seconds=0.0) == Plan("second", moves=(Move(running, "first"),), tier=Tier.DRAM)
+    assert structs.replace(plan, estimate_seconds=0.0) == Plan("second", moves=(Move(running, "first"),), tier=Tier.DRAM)
     still = world.plan(StartupTimeOptimised(migrate=False), "B", 10.0)
     assert still == far
 
@@ -604,6 +604,9 @@ def test_a_request_that_has_moved_often_enough_is_left_alone() -> None:
     request.migrations = 2
     plan = world.plan(StartupTimeOptimised(), "B", 10.0)
     assert plan is not None and plan.node == "first" and not plan.moves
+    request.migrations, request.failed_moves = 0, 2  # what failed twice is not tried a third time
+    assert world.plan(StartupTimeOptimised(), "B", 10.0) == plan
+    request.migrations, request.failed_moves = 2, 0
     assert world.plan(StartupTimeOptimised(most_migrations=3), "B", 10.0) != plan
 
 
@@ -948,3 +951,27 @@ def test_what_could_start_at_once_is_started_and_no_later_than_anywhere_else(wor
                 assert plan is not None, f"{name} leaves it waiting although there is room"
             if fits and name in ("serverlessllm", "shepherd", "deepserve", "hydraserve"):
                 assert plan is not None and plan.estimate_seconds <= min(one.seconds for one in fits) + 1e-3
+
+
+@settings(max_examples=300, deadline=None)
+@given(worlds)
+def test_the_soonest_fit_is_found_without_a_look_at_all(world: World) -> None:
+    cluster, nodes = world.cluster, list(world.cluster.nodes.values())
+    for model in cluster.models.values():
+        fits = {node.spec.name: fit(model, node, cluster, Estimator(), NOW) for node in nodes}
+        best, busy = soonest(model, nodes, cluster, Estimator(), NOW)
+        assert best == choose_node(one for one in fits.values() if one is not None)
+        assert all(fits[node.spec.name] is None for node in busy)
+        if best is None:
+            assert len(busy) == len(nodes)
+
+
+def test_of_nodes_that_are_ready_as_soon_the_free_one_is_taken() -> None:
+    world = World()
+    world.node("a", 1)
+    world.node("b", 1)
+    world.model("A")
+    world.model("B")
+    world.idle("a", "A")
+    plan = world.plan(StartupTimeOptimised(), "B", 10.0)
+    assert plan is not None and plan.node == "b" and not plan.give_way

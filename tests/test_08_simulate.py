@@ -557,8 +557,8 @@ def test_the_bench_compares_with_a_bare_queue(run: RunCommand, tmp_path: Path) -
     assert document["results"][-1]["ratio_to_reference_median"] == 1.0
     for row in document["results"][:-1]:
         assert row["events_per_request"] >= 2 and row["ratio_to_reference_min"] <= row["ratio_to_reference_median"] <= row["ratio_to_reference_max"]
-    assert [row["nodes"] for row in document["growth"]] == [2, 4, 2, 4]
-    assert [row["ratio_to_smallest_median"] for row in document["growth"]][::2] == [1.0, 1.0]
+    assert [row["nodes"] for row in document["growth"]] == [2, 4, 2, 4, 2, 4]
+    assert [row["ratio_to_smallest_median"] for row in document["growth"]][::2] == [1.0, 1.0, 1.0]
     assert {row["name"].split()[0] for row in document["policies"]} == {"placement", "keep-alive", "autoscaler"}
     assert len(document["policies"]) == len(PLACEMENTS) + len(KEEP_ALIVES) + len(AUTOSCALERS)
     ended = run("bench", "simulate", "--rounds", 1, "--requests", 100, "--warm-up", 0, "--nodes", 2, 3, "--json", "--save", tmp_path / "saved.json")
@@ -573,6 +573,17 @@ def test_a_warm_up_is_run_and_not_counted() -> None:
     assert cold.requests == warm.requests == 300
     assert cold.events >= 600 and warm.events >= 540  # some that came before are finished after
     assert warm.events < 1200 and warm.seconds > 0
+
+
+def test_the_steady_workload_is_as_skewed_as_azures_functions() -> None:
+    from sllm_mini.lab.simulating.workload import azure_exponent, run_simulated, steady
+
+    for models in (80, 10_000):
+        exponent = azure_exponent(models)
+        weights = [rank**-exponent for rank in range(1, models + 1)]
+        assert sum(weights[: round(0.186 * models)]) / sum(weights) == pytest.approx(0.996, abs=5e-4)
+    ran = run_simulated(steady(2), 2_000, 0, warm_up=1)
+    assert ran.cold < 0.05 * ran.requests and ran.events < 2.5 * ran.requests
 
 
 def test_the_bench_says_that_simpy_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

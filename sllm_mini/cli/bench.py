@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from sllm_mini.cli import bench_decode, bench_migrate, bench_overlap, bench_simulate, bench_tiers, bench_warmup, terminal
+from sllm_mini.cli import (
+    bench_decode,
+    bench_migrate,
+    bench_overlap,
+    bench_simulate,
+    bench_tiers,
+    bench_warmup,
+    terminal,
+)
 from sllm_mini.cli.bench_options import (
     FolderOption,
     KeepOption,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def simulate(
-    rounds: RoundsOption = 5,
+    rounds: RoundsOption = 3,
     requests: Annotated[int, typer.Option("--requests", min=100, metavar="N", help="Requests in each run.")] = 20_000,
     warm_up: Annotated[int, typer.Option("--warm-up", min=0, metavar="N", help="Requests before those, which are not timed: the first find everything cold.")] = 16_384,
     nodes: Annotated[tuple[int, int], typer.Option("--nodes", metavar="SMALL LARGE", help="Nodes of the two clusters; each has ten models a node.")] = (8, 1000),

@@ -26,13 +26,14 @@ from msgspec import msgpack
 from sllm_mini.control import messages as m
 from sllm_mini.control.cluster import Cluster
 from sllm_mini.control.controller_plans import Plans
+from sllm_mini.control.controller_requests import Requests
 from sllm_mini.control.controller_saved import load, save
 from sllm_mini.control.controller_scale import Scaling
 from sllm_mini.control.controller_timers import Timers, Wake
 from sllm_mini.control.controller_warmth import Warming
 from sllm_mini.control.estimate import Estimator
 from sllm_mini.control.policy import Autoscaler, KeepAlive, Placement
-from sllm_mini.control.state import ModelState, Phase, RequestState
+from sllm_mini.control.state import ModelState, Phase
 from sllm_mini.types import Warmth
 
 
@@ -56,10 +57,6 @@ class Controller:
         self.max_failures, self.retry_seconds = max_failures, retry_seconds
         self.now = float("-inf")
         self._build(Cluster())
-        # One method for each event, named as it is: `RequestArrived` goes to `_request_arrived`.
-        self._handlers: dict[type, Callable[[Any, float], None]] = {
-            event: getattr(self, re.sub("[A-Z]", lambda capital: "_" + capital[0].lower(), event.__name__)) for event in m.Event.__subclasses__()
-        }
 
     def _build(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -68,6 +65,14 @@ class Controller:
         self.warming = Warming(cluster, self.keep_alive, self.timers, self._actions)
         self.plans = Plans(cluster, self.warming, self.keep_alive, self.estimator, self._actions)
         self.scaling = Scaling(cluster, self.plans, self.warming, self.placement, self.autoscaler)
+        self.requests = Requests(cluster, self.plans, self.scaling, self.warming, self.timers, self.autoscaler, self.estimator, self._actions, self.max_failures)
+        # One method for each event, named as it is: `RequestArrived` goes to `requests.arrived`, `NodeLost` to `_node_lost`.
+        self._handlers: dict[type, Callable[[Any, float], None]] = {
+            event: getattr(self.requests, event.__name__.removeprefix("Request").lower())
+            if event.__name__.startswith("Request")
+            else getattr(self, re.sub("[A-Z]", lambda capital: "_" + capital[0].lower(), event.__name__))
+            for event in m.Event.__subclasses__()
+        }
 
     def handle(self, event: m.AnyEvent, now: float) -> list[m.AnyAction]:
         """What is to be done about it, in order. A `now` before an earlier one counts as that one."""
@@ -149,99 +154,6 @@ class Controller:
         if event.node in self.cluster.nodes:
             self.cluster.evicted(event.node, event.model, event.tier)
 
-    # Requests
-
-    def _request_arrived(self, event: m.RequestArrived, now: float) -> None:
-        cluster = self.cluster
-        if event.request in cluster.requests:
-            return
-        model = cluster.models.get(event.model)
-        if model is None or model.deleted:
-            self._actions.append(m.Refuse(event.request, f"404: there is no model {event.model}; deploy it first"))
-            return
-        if not self.autoscaler.admits(model, now):
-            self._actions.append(m.Refuse(event.request, f"429: too many requests wait for model {event.model}; try again later"))
-            return
-        warmth = cluster.warmest(model)
-        request = cluster.add_request(event.request, model, event.input_tokens, event.prefix, now)
-        instance = self.scaling.choose(model, request, now) if model.open and not model.queue else None
-        if instance is not None:
-            self.plans.assign(request, instance, model, now)
-        else:
-            cluster.enqueue(request, model)
-            if model.open:
-                self.scaling.serve(model, now)
-            if self.autoscaler.queue_seconds is not None and model.patience is None:
-                model.patience = self.timers.set(Wake.PATIENCE, event.model, now + self.autoscaler.queue_seconds)
-        self.warming.arrived(model, warmth, now)
-        model.arrivals += 1
-        model.last_arrival = now
-        self.autoscaler.observe(model, now)
-        if model.tick is None and self.autoscaler.tick_seconds is not None:
-            model.tick = self.timers.set(Wake.TICK, event.model, now + self.autoscaler.tick_seconds)
-        self.scaling.grow(model, now, True)
-
-    def _request_progressed(self, event: m.RequestProgressed, now: float) -> None:
-        request = self._current(event.request, event.epoch)
-        if request is not None:
-            request.output_tokens = event.output_tokens
-
-    def _request_finished(self, event: m.RequestFinished, now: float) -> None:
-        request = self._current(event.request, event.epoch)
-        if request is not None:
-            if self.estimator is not None:
-                spec = self.cluster.models[request.model].spec
-                self.estimator.observe_finished(request, spec, event.output_tokens, event.seconds)
-            self._end(request, now)
-
-    def _request_failed(self, event: m.RequestFailed, now: float) -> None:
-        request = self._current(event.request, event.epoch)
-        if request is None:
-            return
-        instance = self.cluster.instances[request.instance]  # type: ignore[index]
-        if self._blame(request, now, "it failed"):
-            return
-        self.plans.requeue(request, now)
-        self.plans.settle(instance, now)
-
-    def _request_cancelled(self, event: m.RequestCancelled, now: float) -> None:
-        request = self.cluster.requests.get(event.request)
-        if request is not None:
-            self._end(request, now)
-
-    def _current(self, id: int, epoch: int) -> RequestState | None:
-        """The running request that an event is about, unless it comes from before the last decision about it."""
-        request = self.cluster.requests.get(id)
-        return None if request is None or request.epoch != epoch or request.phase == Phase.QUEUED else request
-
-    def _blame(self, request: RequestState, now: float, what: str, settle: bool = True) -> bool:
-        """It has failed once more; True where that was once too often, and it was refused."""
-        request.failures += 1
-        if request.failures < self.max_failures:
-            return False
-        self._actions.append(m.Refuse(request.id, f"500: {what} {request.failures} times"))
-        self._end(request, now, settle)
-        return True
-
-    def _end(self, request: RequestState, now: float, settle: bool = True) -> None:
-        """It is answered, refused or not wanted any more: what it had goes to the next, where its instance lives (`settle`)."""
-        cluster = self.cluster
-        model = cluster.models[request.model]
-        del cluster.requests[request.id]
-        if request.phase == Phase.QUEUED:
-            cluster.dequeue(request, model)
-        else:
-            instance = cluster.instances[request.instance]  # type: ignore[index]
-            target = cluster.unmove(request)
-            cluster.leave(request)
-            if settle:
-                self.plans.settle(instance, now)
-            if target is not None:
-                self.plans.settle(target, now)
-        self.autoscaler.observe(model, now)
-        if model.deleted and request.model in cluster.models:
-            self.warming.forget(model)
-
     # Instances
 
     def _instance_reached(self, event: m.InstanceReached, now: float) -> None:
@@ -271,7 +183,7 @@ class Controller:
         model = self.cluster.models.get(instance.spec.name)
         starting = instance.target == Warmth.READY and instance.climbing and instance.id not in self.plans.pending
         for request in list(instance.requests.values()):
-            self._blame(request, now, f"its instance failed ({event.reason})", settle=False)
+            self.requests.blame(request, now, f"its instance failed ({event.reason})", settle=False)
         self.plans.lose([instance], now)
         if starting and model is not None and model.spec.name in self.cluster.models:
             self._start_failed(model, event.reason, now)
@@ -281,7 +193,7 @@ class Controller:
         if model.failed_starts >= self.max_failures and not model.ready and not model.starting:
             for request in list(model.queue):
                 self._actions.append(m.Refuse(request.id, f"503: model {request.model} did not start ({reason})"))
-                self._end(request, now)
+                self.requests.end(request, now)
             model.failed_starts = 0
         if model.spec.name in self.cluster.models and not model.held_back:
             model.held_back = True
@@ -289,7 +201,7 @@ class Controller:
             self.timers.set(Wake.RETRY, model.spec.name, now + wait)
 
     def _migration_finished(self, event: m.MigrationFinished, now: float) -> None:
-        request = self._current(event.request, event.epoch)
+        request = self.requests.current(event.request, event.epoch)
         if request is None or request.phase != Phase.MIGRATING:
             return
         source = self.cluster.instances[request.instance]  # type: ignore[index]
@@ -300,7 +212,7 @@ class Controller:
         self.plans.settle(source, now)
 
     def _migration_failed(self, event: m.MigrationFailed, now: float) -> None:
-        request = self._current(event.request, event.epoch)
+        request = self.requests.current(event.request, event.epoch)
         if request is not None and request.phase == Phase.MIGRATING:
             self.plans.failed(request, now)
 
@@ -323,7 +235,7 @@ class Controller:
             self.scaling.ask(model.spec.name, now, True)
         elif timer.wake is Wake.PATIENCE:
             model.patience = None
-            self._lose_patience(model, now)
+            self.requests.lose_patience(model, now)
         else:
             model.tick = None
             self.scaling.grow(model, now, True)
@@ -333,15 +245,3 @@ class Controller:
                     return
             if self.autoscaler.tick_seconds is not None and (model.running or model.queue or model.instances):
                 model.tick = self.timers.set(Wake.TICK, model.spec.name, now + self.autoscaler.tick_seconds)
-
-    def _lose_patience(self, model: ModelState, now: float) -> None:
-        """Requests that have queued too long are refused; what has run before and came back to the queue is not."""
-        patience = self.autoscaler.queue_seconds
-        if patience is None:
-            return
-        for request in [each for each in model.queue if not each.epoch]:
-            if request.arrived + patience > now:
-                model.patience = self.timers.set(Wake.PATIENCE, model.spec.name, request.arrived + patience)
-                return
-            self._actions.append(m.Refuse(request.id, f"429: it has waited {now - request.arrived:g} s for model {request.model}; try again later"))
-            self._end(request, now)

@@ -8,7 +8,6 @@ Part of `controller`; taught in chapter 08.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sllm_mini.control.cluster import Cluster
@@ -19,6 +18,9 @@ from sllm_mini.control.messages import AnyAction, Assign, Migrate, ModelSpec, Pr
 from sllm_mini.control.policy import KeepAlive, Plan
 from sllm_mini.control.state import InstanceState, ModelState, NodeState, Phase, RequestState, held_nbytes
 from sllm_mini.types import Tier, Warmth
+
+_COLD, _DRAM, _DEVICE, _READY = Warmth.COLD, Warmth.DRAM, Warmth.DEVICE, Warmth.READY
+_REMOTE_TIER, _DISK_TIER, _DRAM_TIER, _DEVICE_TIER = Tier.REMOTE, Tier.DISK, Tier.DRAM, Tier.DEVICE
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +45,7 @@ class Plans:
         """By the instance that is booked."""
         self.ask = warming.ask
 
-    def carry_out(self, model: ModelState, plan: Plan, now: float, target: Warmth = Warmth.READY) -> None:
+    def carry_out(self, model: ModelState, plan: Plan, now: float, target: Warmth = _READY) -> None:
         """Raises SllmError, with nothing changed, for a plan that cannot be: it is the policy's mistake."""
         check_plan(self._cluster, model, plan, target)
         if plan.moves:
@@ -61,9 +63,11 @@ class Plans:
     # Room
 
     def _make_room(
-        self, plan: Plan, spec: ModelSpec, leaving: Iterable[int], climber: InstanceState | None, target: Warmth, now: float
+        self, plan: Plan, spec: ModelSpec, leaving: tuple[int, ...], climber: InstanceState | None, target: Warmth, now: float
     ) -> None:
         """Each descends as its policy would have it, and further, first named first, while there is too little memory."""
+        if not leaving:
+            return
         cluster = self._cluster
         nbytes = held_nbytes(spec, target)
         if climber is not None:
@@ -75,15 +79,17 @@ class Plans:
         for place, victim in enumerate(victims):
             if free < nbytes:
                 free += held_nbytes(victim.spec, levels[place])
-                levels[place] = Warmth.COLD
+                levels[place] = _COLD
         # Those that are gone make room for the weights that others keep in memory.
         for victim, level in sorted(zip(victims, levels, strict=True), key=lambda pair: pair[1]):
             self._warming.descend(victim, level, now)
 
     def _level(self, victim: InstanceState, now: float) -> Warmth:
         """How warm it stays when it has to give way: less than now, and without devices."""
-        then = self._keep_alive.gave_way(victim, victim.rank, now).then
-        return min(then, Warmth.DRAM if victim.devices else Warmth(victim.warmth - 1))
+        stay = self._keep_alive.gave_way(victim, victim.rank, now)
+        if stay.again is not None:
+            self._warming.plan(stay.again)
+        return min(stay.then, _DRAM if victim.devices else Warmth(victim.warmth - 1))
 
     def _climber(self, model: ModelState, plan: Plan, target: Warmth, now: float) -> InstanceState:
         cluster = self._cluster
@@ -95,14 +101,14 @@ class Plans:
         cluster, spec, name = self._cluster, instance.spec, instance.spec.name
         node = cluster.nodes[instance.node]
         tier = node.tier(name) if plan.tier is None else plan.tier
-        if instance.warmth >= Warmth.DRAM:
-            tier = Tier.DRAM if instance.warmth == Warmth.DRAM else Tier.DEVICE
+        if instance.warmth >= _DRAM:
+            tier = _DRAM_TIER if instance.warmth == _DRAM else _DEVICE_TIER
         instance.parts, instance.started = max(1, len(plan.parts)), now
         estimator = self._estimator
         instance.predicted_seconds = plan.estimate_seconds
         if estimator is not None and not plan.estimate_seconds:
             instance.predicted_seconds = estimator.start(node, spec, instance.warmth, tier, now, instance.parts)
-        if instance.warmth < Warmth.DEVICE and instance.target >= Warmth.DRAM:
+        if instance.warmth < _DEVICE and instance.target >= _DRAM:
             for each in map(cluster.nodes.__getitem__, plan.parts or (instance.node,)):
                 if estimator is not None:
                     until = now + estimator.load(each, spec, tier, now, instance.parts)
@@ -142,15 +148,15 @@ class Plans:
 
     def _begin(self, model: ModelState, plan: Plan, now: float) -> None:
         cluster = self._cluster
-        for victim in plan.preempted:
-            for request in list(cluster.instances[victim].requests.values()):
+        for id in plan.preempted:
+            for request in list(cluster.instances[id].requests.values()):
                 self._preempt(request, now)
         victims = [cluster.instances[move.victim] for move in plan.moves]
         leaving = (*plan.give_way, *plan.preempted, *(victim.id for victim in victims))
         for id in leaving:
             cluster.drain(cluster.instances[id], True)
         before = model.spec if plan.reuse is None else cluster.instances[plan.reuse].spec
-        booked = self._climber(model, plan, Warmth.READY, now)
+        booked = self._climber(model, plan, _READY, now)
         cluster.book(booked)
         pending = self.pending[booked.id] = Pending(plan, model.spec.name, booked.id, before, leaving)
         for move, victim in zip(plan.moves, victims, strict=True):
@@ -158,7 +164,7 @@ class Plans:
             if move.instance is not None:
                 target = cluster.instances[move.instance]
             else:
-                target = self._climber(theirs, Plan(move.node), Warmth.READY, now)
+                target = self._climber(theirs, Plan(move.node), _READY, now)
                 cluster.book(target)
                 self._start(target, Plan(move.node), now)
             pending.targets += (target.id,)
@@ -186,7 +192,7 @@ class Plans:
                 continue
             booked = cluster.instances[pending.booked]
             del self.pending[booked.id]
-            self._make_room(pending.plan, booked.spec, pending.leaving, booked, Warmth.READY, now)
+            self._make_room(pending.plan, booked.spec, pending.leaving, booked, _READY, now)
             cluster.book(booked)
             self._start(booked, pending.plan, now)
 
@@ -207,7 +213,7 @@ class Plans:
             if instance.model is not None:
                 self.ask.setdefault(instance.model, True)
         for instance in instances:
-            self._warming.fall(instance, Warmth.COLD)
+            self._warming.fall(instance, _COLD)
         gone = {instance.id for instance in instances}
         for pending in list(self.pending.values()):
             if not gone.isdisjoint((pending.booked, *pending.leaving, *pending.targets)):
@@ -218,7 +224,8 @@ class Plans:
         self._warming.freed = True
 
     def failed(self, request: RequestState, now: float) -> None:
-        """It could not be moved and stays where it is."""
+        """It could not be moved and stays where it is. Counted, so that a policy need not try the same for ever."""
+        request.failed_moves += 1
         target = self._cluster.unmove(request)
         if target is not None:
             self.settle(target, now)
@@ -235,7 +242,7 @@ class Plans:
         if booked is not None:
             booked.spec = pending.before
             self._warming.fall(booked, booked.warmth)
-            if booked.warmth > Warmth.COLD:
+            if booked.warmth > _COLD:
                 self._warming.rest(booked, now)
         for id in pending.leaving:
             instance = cluster.instances.get(id)
@@ -253,7 +260,7 @@ class Plans:
         """It has room: the next of its model's queue run on it, or it rests. One that drains, climbs or is gone does neither."""
         if instance.draining:
             self.advance(now)
-        elif instance.warmth == Warmth.READY:
+        elif instance.warmth == _READY:
             model = self._cluster.models[instance.spec.name]
             while model.queue and instance.room > 0:
                 request = model.queue[0]
@@ -261,10 +268,10 @@ class Plans:
                 self.assign(request, instance, model, now)
             if not instance.requests and not instance.incoming and instance.idle_since is None:
                 self._warming.rest(instance, now)
-        elif not instance.climbing and instance.warmth > Warmth.COLD and instance.idle_since is None:
+        elif not instance.climbing and instance.warmth > _COLD and instance.idle_since is None:
             self._warming.rest(instance, now)
 
 
 def _bandwidth(node: NodeState, tier: Tier) -> float:
     spec = node.spec
-    return {Tier.REMOTE: spec.remote_bytes_per_second, Tier.DISK: spec.disk_bytes_per_second}.get(tier, spec.dram_bytes_per_second)
+    return {_REMOTE_TIER: spec.remote_bytes_per_second, _DISK_TIER: spec.disk_bytes_per_second}.get(tier, spec.dram_bytes_per_second)

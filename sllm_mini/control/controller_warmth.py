@@ -6,6 +6,8 @@ moved, it fires early and is set again, so that a warm request sets none. Part o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain, islice
 from math import inf
 
 from sllm_mini.control.cluster import Cluster
@@ -14,6 +16,9 @@ from sllm_mini.control.messages import AnyAction, Descend
 from sllm_mini.control.policy import KeepAlive, Prewarm
 from sllm_mini.control.state import InstanceState, ModelState
 from sllm_mini.types import Warmth
+
+_REST = Wake.REST
+_COLD, _RUNTIME, _DRAM, _READY = Warmth.COLD, Warmth.RUNTIME, Warmth.DRAM, Warmth.READY
 
 
 class Warming:
@@ -29,23 +34,25 @@ class Warming:
 
     def rest(self, instance: InstanceState, now: float) -> None:
         """It has nothing to do: idle at its warmth for as long as its policy says, then at the next one."""
-        cluster = self._cluster
+        cluster, keep_alive = self._cluster, self._keep_alive
         self.freed = True
-        cluster.rest(instance, self._keep_alive.rank(instance, cluster, now), now)
-        stay = self._keep_alive.stay(instance, cluster, now)
-        instance.then = stay.then if stay.then < instance.warmth else Warmth(instance.warmth - 1)
-        seconds = stay.seconds
-        if instance.model is not None and cluster.models[instance.model].deleted:
-            seconds, instance.then = 0.0, Warmth.COLD
-        elif self._is_needed(instance):
-            seconds = None
+        cluster.rest(instance, keep_alive.rank(instance, cluster, now), now)
+        stay = keep_alive.stay(instance, cluster, now)
+        seconds, then = stay.seconds, stay.then
+        instance.then = then if then < instance.warmth else Warmth(instance.warmth - 1)
+        if instance.model is not None:
+            model = cluster.models[instance.model]
+            if model.deleted:
+                seconds, instance.then = 0.0, _COLD
+            elif model.ready <= model.spec.min_instances and self._is_needed(instance):
+                seconds = None
         if stay.again is not None:
-            self._plan(stay.again)
+            self.plan(stay.again)
         if seconds is None or seconds == inf:
             instance.warm_until = None
         elif seconds > 0:
             until = instance.warm_until = now + seconds
-            instance.timer = self._timers.sooner(instance.timer, Wake.REST, instance.id, until)
+            instance.timer = self._timers.sooner(instance.timer, _REST, instance.id, until)
         else:
             self.descend(instance, instance.then, now)
 
@@ -53,18 +60,18 @@ class Warming:
         """An instance without requests keeps less, at once; without room for its weights in memory, no weights."""
         self.freed = True
         if not self._cluster.fits(instance, warmth):
-            warmth = min(warmth, Warmth.RUNTIME)
+            warmth = min(warmth, _RUNTIME)
         instance.epoch += 1
         self._actions.append(Descend(instance.id, warmth, instance.epoch))
         self.fall(instance, warmth)
-        if warmth > Warmth.COLD:
+        if warmth > _COLD:
             self.rest(instance, now)
 
     def fall(self, instance: InstanceState, warmth: Warmth) -> None:
         """As `Cluster.fall`, and nothing is left of one that is gone."""
         name = instance.model
         self._cluster.fall(instance, warmth)
-        if warmth == Warmth.COLD:
+        if warmth == _COLD:
             self._timers.drop(instance.timer)
             instance.timer = None
         if name is not None:
@@ -94,20 +101,21 @@ class Warming:
 
     def _is_needed(self, instance: InstanceState) -> bool:
         """One of the least that its model is to have ready, which stay whatever the keep-alive says."""
-        if instance.warmth < Warmth.READY:
+        if instance.warmth < _READY:
             return False
         model = self._cluster.models[instance.spec.name]
         return not model.deleted and model.ready <= model.spec.min_instances
 
     def deployed(self, model: ModelState, now: float) -> None:
         for prewarm in self._keep_alive.on_deploy(model, self._cluster, now):
-            self._plan(prewarm)
+            self.plan(prewarm)
 
     def arrived(self, model: ModelState, warmth: Warmth, now: float) -> None:
         for prewarm in self._keep_alive.on_arrival(model, self._cluster, now, warmth):
-            self._plan(prewarm)
+            self.plan(prewarm)
 
-    def _plan(self, prewarm: Prewarm) -> None:
+    def plan(self, prewarm: Prewarm) -> None:
+        """Of two for the same model and warmth only the later holds."""
         key = (prewarm.model, prewarm.warmth)
         timer = self.prewarms[key][0] if key in self.prewarms else None
         timer = self._timers.sooner(timer, Wake.PREWARM, prewarm.model, prewarm.at, prewarm.warmth)
@@ -120,17 +128,19 @@ class Warming:
         model = self._cluster.models.get(key[0])
         if at > now:
             self.prewarms[key] = self._timers.set(Wake.PREWARM, key[0], at, key[1]), at, count
-        elif model is not None and not model.deleted and (missing := count - self._count_warm(model, key[1])) > 0:
+        elif model is not None and not model.deleted and (missing := count - self._count_warm(model, key[1], count)) > 0:
             return model, missing
         return None
 
-    def _count_warm(self, model: ModelState, warmth: Warmth) -> int:
-        """Idle ones, and those that climb there for nobody yet."""
-        cluster = self._cluster
-        if warmth >= Warmth.DRAM:
-            each_own = model.instances.values()
-            return sum(each.target >= warmth and (each.idle_since is not None or (each.climbing and not each.incoming)) for each in each_own)
-        runtime = model.spec.runtime
-        return sum(each.warmth >= warmth for each in cluster.sleeping(None, runtime)) + sum(
-            each.target >= warmth and each.runtime in (None, runtime) for each in cluster.prewarming.values()
-        )
+    def _count_warm(self, model: ModelState, warmth: Warmth, enough: int) -> int:
+        """Idle ones, and those that climb there for nobody yet; of more than `enough` no more are counted."""
+        cluster, runtime = self._cluster, model.spec.runtime
+        warm: Iterable[InstanceState]
+        if warmth == _READY:
+            warm = (each for each in chain(model.open.values(), model.starting.values()) if each.idle_since is not None or (each.climbing and not each.incoming))
+        elif warmth >= _DRAM:
+            warm = (each for each in model.instances.values() if each.target >= warmth and (each.idle_since is not None or (each.climbing and not each.incoming)))
+        else:
+            climbing = (each for each in cluster.prewarming.values() if each.target >= warmth and each.runtime in (None, runtime))
+            warm = chain((each for each in cluster.sleeping(None, runtime) if each.warmth >= warmth), climbing)
+        return sum(1 for _ in islice(warm, enough))

@@ -16,6 +16,8 @@ from sllm_mini.control.messages import ModelSpec
 from sllm_mini.control.state import ModelState, NodeState, RequestState
 from sllm_mini.types import Tier, Warmth
 
+_PROCESS, _RUNTIME, _DRAM, _DEVICE, _READY = Warmth.PROCESS, Warmth.RUNTIME, Warmth.DRAM, Warmth.DEVICE, Warmth.READY
+_DISK_TIER, _DRAM_TIER, _DEVICE_TIER = Tier.DISK, Tier.DRAM, Tier.DEVICE
 MIGRATION_SECONDS_PER_TOKEN = 0.01
 """First guess of `a`, as in ServerlessLLM's code."""
 MIGRATION_SECONDS = 0.1
@@ -82,15 +84,16 @@ class Estimator:
 
     def load(self, node: NodeState, spec: ModelSpec, tier: Tier, now: float, parts: int = 1) -> float:
         """Seconds until the weights are there, were the load asked for now; `parts` nodes fetch a share each."""
-        if tier is Tier.DEVICE:
+        if tier is _DEVICE_TIER:
             return 0.0
-        return load_seconds(max(node.loads_until - now, 0.0), -(-spec.nbytes // parts), self.bandwidth(node, tier))
+        queue = node.loads_until - now
+        return load_seconds(queue if queue > 0.0 else 0.0, -(-spec.nbytes // parts), self.bandwidth(node, tier))
 
     def start(self, node: NodeState, spec: ModelSpec, warmth: Warmth, tier: Tier, now: float, parts: int = 1) -> float:
         """Seconds from `warmth` to READY: the rungs below, the load with its queue, the rung above."""
         seconds = self.base(spec, warmth)
-        if warmth < Warmth.DEVICE:
-            seconds += self.load(node, spec, Tier.DRAM if warmth is Warmth.DRAM else tier, now, parts)
+        if warmth < _DEVICE:
+            seconds += self.load(node, spec, _DRAM_TIER if warmth is _DRAM else tier, now, parts)
         return seconds
 
     def base(self, spec: ModelSpec, warmth: Warmth) -> float:
@@ -99,9 +102,9 @@ class Estimator:
         if learned is not None:
             return learned.value
         return (
-            (spec.process_seconds if warmth < Warmth.PROCESS else 0.0)
-            + (spec.runtime_seconds if warmth < Warmth.RUNTIME else 0.0)
-            + (spec.ready_seconds if warmth < Warmth.READY else 0.0)
+            (spec.process_seconds if warmth < _PROCESS else 0.0)
+            + (spec.runtime_seconds if warmth < _RUNTIME else 0.0)
+            + (spec.ready_seconds if warmth < _READY else 0.0)
         )
 
     def decode(self, spec: ModelSpec) -> float:
@@ -142,8 +145,10 @@ class Estimator:
 
     def observe_finished(self, request: RequestState, spec: ModelSpec, output_tokens: int, seconds: float) -> None:
         """A request that nothing interrupted ran `seconds` for its tokens."""
+        if output_tokens <= 1:
+            return
         decoding = seconds - request.input_tokens * spec.prefill_seconds_per_token
-        if output_tokens > 1 and decoding > 0 and not (request.migrations or request.preemptions or request.failures):
+        if decoding > 0 and not (request.migrations or request.preemptions or request.failures):
             self._learn(self._decode, spec.name, decoding / output_tokens, spec.decode_seconds_per_token)
 
     def observe_migration(self, request: RequestState, output_tokens: int, seconds: float, predicted: float) -> None:
@@ -158,7 +163,10 @@ class Estimator:
         return dict(sorted(self._errors.items()))
 
     def _learn(self, table: dict[Any, Learned], key: object, observed: float, guess: float) -> None:
-        table.setdefault(key, Learned(guess)).learn(observed, self.weight)
+        learned = table.get(key)
+        if learned is None:
+            learned = table[key] = Learned(guess)
+        learned.learn(observed, self.weight)
 
     def _note(self, what: str, predicted: float, observed: float) -> None:
         self._errors.setdefault(what, Errors()).add(predicted, observed)
@@ -166,5 +174,9 @@ class Estimator:
 
 def _guess(node: NodeState, tier: Tier) -> float:
     spec = node.spec
-    device, disk, remote = spec.dram_bytes_per_second, spec.disk_bytes_per_second, spec.remote_bytes_per_second
-    return {Tier.REMOTE: min(remote, disk, device), Tier.DISK: min(disk, device), Tier.DRAM: device}[tier]
+    slowest = spec.dram_bytes_per_second
+    if tier is not _DRAM_TIER:
+        slowest = min(slowest, spec.disk_bytes_per_second)
+        if tier is not _DISK_TIER:
+            slowest = min(slowest, spec.remote_bytes_per_second)
+    return slowest

@@ -7,7 +7,6 @@ Pure; one thread at a time. Taught in chapter 08.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from heapq import merge
 from itertools import chain
 from typing import Any, Self
 
@@ -17,6 +16,7 @@ from sllm_mini.control.snapshot import restored, snapshot
 from sllm_mini.control.state import InstanceState, ModelState, NodeState, RequestState, held_nbytes
 from sllm_mini.types import Tier, Warmth
 
+_READY = Warmth.READY
 _NOBODY_WAITS = 1 << 62
 """Where a model without a queue stands among those that are short of instances: behind all that have one."""
 
@@ -33,11 +33,13 @@ class Inventory:
         self.spawned = 0
         self.prewarming: dict[int, InstanceState] = {}
         """Instances that climb to below DRAM, for no model in particular."""
-        self._idle: Ranked[int] = Ranked()
         self._idle_of: dict[str, Ranked[int]] = {}
         self._open: list[Ranked[str]] = [Ranked()]
-        """Nodes by how many devices are free or idle."""
-        self._open_as: dict[str, int] = {}
+        """Nodes with at least so many devices free or idle, by `loads_until`."""
+        self._open_as: dict[str, tuple[int, float]] = {}
+        """How many each node had, and its `loads_until`, when last looked at."""
+        self._changed: dict[str, NodeState] = {}
+        """Nodes of which that may have changed: a device that comes and goes between two questions costs nothing."""
         self._asleep: dict[str, dict[int, InstanceState]] = {}
         """Idle processes by runtime; "" for those that have none yet."""
         self._asleep_on: dict[str, dict[str, dict[int, InstanceState]]] = {}
@@ -67,10 +69,9 @@ class Inventory:
         self.prewarming = {id: self.instances[id] for id in data["prewarming"]}
         for name, node in self.nodes.items():
             self._idle_of[name], self._asleep_on[name] = Ranked(), {}
-            self._reopen_node(node)
+            self._changed[name] = node
         for instance in self.instances.values():
             if instance.idle_since is not None:
-                self._idle.add(instance.id, instance.rank)
                 self._idle_of[instance.node].add(instance.id, instance.rank)
         for runtime, asleep in data["asleep"].items():
             for id in asleep:
@@ -87,29 +88,39 @@ class Inventory:
     def open_nodes(self, devices: int, nbytes: int = 0) -> Iterator[NodeState]:
         """Nodes with so many free or idle devices and so many free or idle bytes, in order of `loads_until`, then of name."""
         nodes = self.nodes
-        levels = [level for level in self._open[devices:] if len(level)]
-        names = levels[0] if len(levels) == 1 else merge(*levels, key=lambda name: (nodes[name].loads_until, name))
-        for name in names:
+        for _, name in self.open_order(devices):
             node = nodes[name]
             if node.free_nbytes + node.idle_nbytes >= nbytes:
                 yield node
 
-    def idle_instances(self, node: str | None = None) -> Iterator[InstanceState]:
-        """In order of rank: who gives way first, first."""
-        return map(self.instances.__getitem__, self._idle if node is None else self._idle_of[node])
+    def open_order(self, devices: int) -> list[tuple[float, str]]:
+        """(`loads_until`, name) of nodes with so many free or idle devices, in this order: to be read at once."""
+        if self._changed:
+            self._reopen()
+        return self._open[devices].ordered() if devices < len(self._open) else []
+
+    def idle_instances(self, node: str) -> Iterator[InstanceState]:
+        """Of this node, in order of rank: who gives way first, first."""
+        return map(self.instances.__getitem__, self._idle_of[node])
 
     def sleeping(self, node: str | None, runtime: str) -> Iterator[InstanceState]:
         """Idle instances without a model that one of this runtime could climb from: RUNTIME, then PROCESS."""
         asleep = self._asleep if node is None else self._asleep_on[node]
         return chain(asleep.get(runtime, {}).values(), asleep.get("", {}).values())
 
+    def sleeper(self, node: str | None, runtime: str) -> InstanceState | None:
+        """The first of `sleeping`."""
+        asleep = self._asleep if node is None else self._asleep_on[node]
+        found = asleep.get(runtime) or asleep.get("")
+        return next(iter(found.values())) if found else None
+
     def warmest(self, model: ModelState) -> Warmth:
         """How warm the best instance is that could serve one more request of it now; COLD: none."""
         if model.open:
-            return Warmth.READY
+            return _READY
         if model.asleep:
             return max(instance.warmth for instance in model.asleep.values())
-        best = next(self.sleeping(None, model.spec.runtime), None)
+        best = self.sleeper(None, model.spec.runtime)
         return Warmth.COLD if best is None else best.warmth
 
     # Nodes, models, stores
@@ -119,7 +130,7 @@ class Inventory:
         self.nodes[spec.name] = node
         self._idle_of[spec.name] = Ranked()
         self._asleep_on[spec.name] = {}
-        self._reopen_node(node)
+        self._changed[spec.name] = node
         for model in spec.disk:
             self.cached(spec.name, model, Tier.DISK)
         return node
@@ -128,7 +139,9 @@ class Inventory:
         """Its instances must be gone (`fall` to COLD)."""
         for model in list(self.nodes[name].cached):
             self.evicted(name, model, Tier.REMOTE)
-        self._open[self._open_as.pop(name)].discard(name)
+        self._changed.pop(name, None)
+        for ranked in self._open[: self._open_as.pop(name, (-1, 0.0))[0] + 1]:
+            ranked.discard(name)
         del self.nodes[name], self._idle_of[name], self._asleep_on[name]
 
     def add_model(self, spec: ModelSpec) -> ModelState:
@@ -167,20 +180,24 @@ class Inventory:
 
     def set_loads_until(self, node: NodeState, until: float) -> None:
         node.loads_until = until
-        self._open[self._open_as[node.spec.name]].add(node.spec.name, until)
+        self._changed[node.spec.name] = node
 
-    def _reopen_node(self, node: NodeState) -> None:
-        name = node.spec.name
-        level = len(node.free_devices) + node.idle_devices
-        old = self._open_as.get(name)
-        if old == level:
-            return
-        if old is not None:
-            self._open[old].discard(name)
-        while len(self._open) <= level:
-            self._open.append(Ranked())
-        self._open[level].add(name, node.loads_until)
-        self._open_as[name] = level
+    def _reopen(self) -> None:
+        """Nodes that have changed find their places among the open ones."""
+        ranks, known = self._open, self._open_as
+        for name, node in self._changed.items():
+            level, until = len(node.free_devices) + node.idle_devices, node.loads_until
+            old, before = known.get(name, (-1, 0.0))
+            if old == level and before == until:
+                continue
+            while len(ranks) <= level:
+                ranks.append(Ranked())
+            for ranked in ranks[old + 1 if before == until else 0 : level + 1]:
+                ranked.add(name, until)
+            for ranked in ranks[level + 1 : old + 1]:
+                ranked.discard(name)
+            known[name] = level, until
+        self._changed.clear()
 
     # Models that are short of instances
 

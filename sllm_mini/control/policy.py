@@ -8,8 +8,9 @@ Pure. Taught in chapters 08, 09 and 10.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from msgspec import Struct
 
 from sllm_mini.types import Tier, Warmth
 
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
     from sllm_mini.control.state import InstanceState, ModelState, RequestState
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(Struct, frozen=True, gc=False):
     """A running instance is to be freed by moving its requests: to a ready instance with room (`instance`), or to one that is
     started for it on `node` first."""
 
@@ -28,8 +28,7 @@ class Move:
     instance: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """Start an instance on `node`, once these are out of the way: idle instances that `give_way`, instances whose requests
     `moves` away, instances whose requests are `preempted`. `reuse` is a warmer instance without a model (or the model's
     own, asleep) to climb from; None starts from COLD. `parts`: nodes that fetch a share each. `estimate_seconds` until
@@ -57,8 +56,7 @@ class Placement(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Prewarm:
+class Prewarm(Struct, frozen=True, gc=False):
     """At `at`, as many instances as it takes to have `count` idle ones for `model` that are as warm as `warmth` (those that climb to
     it count). Below DRAM, `model` only names the runtime. A later one for the same model and warmth takes the place of one
     that is not due yet. What there is no room for is not started, and nothing is made to give way."""
@@ -69,8 +67,7 @@ class Prewarm:
     count: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Stay:
+class Stay(Struct, frozen=True, gc=False):
     """How long an instance that became idle (or has just descended) stays as warm as it is, and how warm it is after that.
     `seconds` None: for good; 0: it descends at once. `again`: when one is to be there again."""
 
@@ -99,7 +96,8 @@ class KeepAlive(Protocol):
         ...
 
     def gave_way(self, instance: InstanceState, rank: float, now: float) -> Stay:
-        """It is to make room: how warm it may still be (`then`; the room that is needed decides in the end)."""
+        """It is to make room: how warm it may still be (`then`; the room that is needed decides in the end), and when one is to
+        be there again."""
         ...
 
 

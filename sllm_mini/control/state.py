@@ -45,6 +45,8 @@ class RequestState:
     predicted_seconds: float = 0.0
     """Of its last migration."""
     migrations: int = 0
+    failed_moves: int = 0
+    """Migrations that were begun and failed."""
     preemptions: int = 0
     failures: int = 0
 
@@ -162,14 +164,17 @@ class ModelState:
     """While `KeepAlive.on_arrival` is told of an arrival, these two are still without it."""
 
 
+_PROCESS, _RUNTIME, _DRAM = Warmth.PROCESS, Warmth.RUNTIME, Warmth.DRAM
+
+
 def held_nbytes(spec: ModelSpec, warmth: Warmth) -> int:
     """Memory of the node that an instance holds: its process and runtime, and the weights where no device holds them (at
     DRAM; from DRAM up for a function, which has no device). Device memory is not counted: devices are taken whole."""
-    if warmth < Warmth.PROCESS:
+    if warmth < _PROCESS:
         return 0
     held = spec.process_nbytes
-    if warmth >= Warmth.RUNTIME:
+    if warmth >= _RUNTIME:
         held += spec.runtime_nbytes
-    if warmth == Warmth.DRAM or (warmth > Warmth.DRAM and not spec.devices):
+    if warmth == _DRAM or (warmth > _DRAM and not spec.devices):
         held += spec.nbytes
     return held

@@ -24,6 +24,9 @@ from sllm_mini.types import Tier, Warmth
 FINISH, PAUSE, MOVED, RUNG, LINK, READY, EXTERNAL, ARRIVAL, TIMER = range(9)
 """What can come next; of two at one instant the smaller comes first, of two alike the one that was planned first."""
 
+_COLD, _PROCESS, _RUNTIME, _DRAM, _DEVICE, _READY = Warmth.COLD, Warmth.PROCESS, Warmth.RUNTIME, Warmth.DRAM, Warmth.DEVICE, Warmth.READY
+_DRAM_TIER, _DISK_TIER, _REMOTE_TIER = Tier.DRAM, Tier.DISK, Tier.REMOTE
+
 
 class Machines:
     """See the module's words."""
@@ -51,7 +54,7 @@ class Machines:
         options = self.options
         make: Callable[[], Link[Load]] = SharedLink if options.links == "shared" else QueuedLink
         one = make()
-        links = {tier: one if options.links == "node" else make() for tier in (Tier.REMOTE, Tier.DISK, Tier.DRAM)}
+        links = {tier: one if options.links == "node" else make() for tier in (_REMOTE_TIER, _DISK_TIER, _DRAM_TIER)}
         store = SimulatedStore(options.store_dram_nbytes, options.store_disk_nbytes, options.eviction)
         self._nodes[spec.name] = Node(spec, number, links, store, now)
         for name in spec.disk:
@@ -87,16 +90,16 @@ class Machines:
         self._hold(instance, max(held_nbytes(spec, action.warmth), held_nbytes(spec, action.target)), now)
         instance.spec, instance.epoch, instance.target = spec, action.epoch, action.target
         instance.began, instance.climbed_from = now, action.warmth
-        if action.target >= Warmth.DRAM:
+        if action.target >= _DRAM:
             instance.model = self._models[action.model]
         instance.slot = slot(action.target, CLIMBING)
         self.account.starts[action.warmth] += 1
-        process = spec.process_seconds if action.warmth < Warmth.PROCESS <= action.target else 0.0
-        runtime = spec.runtime_seconds if action.warmth < Warmth.RUNTIME <= action.target else 0.0
-        self._span(instance, "process", Warmth.PROCESS, now, now + process)
-        self._span(instance, "runtime", Warmth.RUNTIME, now + process, now + process + runtime)
-        stored = action.warmth < Warmth.DRAM <= action.target and not action.parts
-        tier = node.store.lease(spec.name) if stored else Tier.DRAM if action.warmth == Warmth.DRAM else action.tier
+        process = spec.process_seconds if action.warmth < _PROCESS <= action.target else 0.0
+        runtime = spec.runtime_seconds if action.warmth < _RUNTIME <= action.target else 0.0
+        self._span(instance, "process", _PROCESS, now, now + process)
+        self._span(instance, "runtime", _RUNTIME, now + process, now + process + runtime)
+        stored = action.warmth < _DRAM <= action.target and not action.parts
+        tier = node.store.lease(spec.name) if stored else _DRAM_TIER if action.warmth == _DRAM else action.tier
         load = Load(instance, spec, tier, action.parts, stored, now + process + runtime)
         heappush(self._heap, (load.asked, RUNG, self._tick(), load, 0))
 
@@ -105,9 +108,9 @@ class Machines:
         if not load.wanted:
             if load.stored:
                 load.node.store.release(load.spec.name, load.tier)
-        elif load.instance.target < Warmth.DRAM:
+        elif load.instance.target < _DRAM:
             self._reached(load, now)
-        elif load.instance.warmth >= Warmth.DEVICE:
+        elif load.instance.warmth >= _DEVICE:
             self._make_ready(load, now)
         else:
             sources = [self._nodes[name] for name in load.sources if name in self._nodes] or [load.node]
@@ -140,8 +143,8 @@ class Machines:
         begin = load.asked + load.queued_seconds
         if load.wanted:
             self.account.loads[load.tier] += 1
-            self._span(load.instance, "queue", Warmth.DRAM, load.asked, begin)
-            self._span(load.instance, "load", min(load.instance.target, Warmth.DEVICE), begin, now)
+            self._span(load.instance, "queue", _DRAM, load.asked, begin)
+            self._span(load.instance, "load", min(load.instance.target, _DEVICE), begin, now)
             self._make_ready(load, now)
         if load.stored and self._nodes.get(node.spec.name) is node:
             for name, tier, there in list(node.store.loaded(spec.name, spec.nbytes, load.tier, now - begin, now)):
@@ -149,8 +152,8 @@ class Machines:
 
     def _make_ready(self, load: Load, now: float) -> None:
         """The weights are there; what is left is the rung READY, if that is where it climbs to."""
-        seconds = load.spec.ready_seconds if load.instance.target == Warmth.READY else 0.0
-        self._span(load.instance, "ready", Warmth.READY, now, now + seconds)
+        seconds = load.spec.ready_seconds if load.instance.target == _READY else 0.0
+        self._span(load.instance, "ready", _READY, now, now + seconds)
         heappush(self._heap, (now + seconds, READY, self._tick(), load, 0))
 
     def _reached(self, load: Load, now: float) -> None:
@@ -175,18 +178,18 @@ class Machines:
         """It keeps what `warmth` holds; at COLD it is gone."""
         self._count(instance, now)
         node = instance.node
-        if warmth < Warmth.DEVICE and instance.ndevices:
+        if warmth < _DEVICE and instance.ndevices:
             self._count_free(node, node.free_devices + instance.ndevices, now)
             for device in instance.devices:
                 node.owners[device] = None
             instance.devices, instance.ndevices = (), 0
-        if warmth < Warmth.DRAM:
+        if warmth < _DRAM:
             instance.model = None
         # A descent never fails: where memory is short for what a lower rung wants of it, it holds what there is.
         self._hold(instance, min(held_nbytes(instance.spec, warmth), instance.held_nbytes + node.free_nbytes), now)
         instance.warmth = instance.target = warmth
         instance.slot = slot(warmth, IDLE)
-        if warmth == Warmth.COLD:
+        if warmth == _COLD:
             instance.alive = False
             del self._instances[instance.id], node.instances[instance.id]
 

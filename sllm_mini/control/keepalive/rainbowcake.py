@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil, log
+from math import ceil, inf, log
 
 from sllm_mini.control.cluster import Cluster
+from sllm_mini.control.messages import ModelSpec
 from sllm_mini.control.policy import Prewarm, Stay
 from sllm_mini.control.state import InstanceState, ModelState
 from sllm_mini.types import Warmth
@@ -24,6 +25,7 @@ ALPHA = 0.996
 """Seconds of start-up against megabyte-seconds of memory, 249 to 1, as in its code."""
 FLOOR_SECONDS = 60.0
 _MB = 1_000_000
+_READY, _RUNTIME = Warmth.READY, Warmth.RUNTIME
 _FIRST = {Warmth.READY: 300.0, Warmth.RUNTIME: 180.0, Warmth.PROCESS: 120.0}
 _BELOW = {Warmth.READY: Warmth.RUNTIME, Warmth.RUNTIME: Warmth.PROCESS, Warmth.PROCESS: Warmth.COLD}
 _BETA_WITHOUT_HISTORY = 600.0
@@ -52,40 +54,44 @@ def layer_ttl(alive_seconds: float, beta: float, floor_seconds: float = FLOOR_SE
     return min(max(alive_seconds, floor_seconds), beta)
 
 
-class Arrivals:
-    """The last arrivals of one level. Its mean gap is (now - oldest) / how many, as its code has it."""
+class Layer:
+    """One layer of those that share it (a model, a runtime, all): their last arrivals, their mean start and mean bytes."""
 
-    __slots__ = ("_times",)
+    __slots__ = ("beta", "count", "due", "nbytes", "seconds", "times")
 
-    def __init__(self, length: int) -> None:
-        self._times: deque[float] = deque(maxlen=length)
-
-    def add(self, now: float) -> None:
-        self._times.append(now)
+    def __init__(self, window: int) -> None:
+        self.times: deque[float] = deque(maxlen=window)
+        self.count, self.seconds, self.nbytes = 0, 0.0, 0.0
+        self.beta = _BETA_WITHOUT_HISTORY
+        self.due = -inf
+        """When a model is to be pre-warmed, if that is to come."""
 
     def mean_gap(self, now: float) -> float | None:
-        """None before the second arrival."""
-        return (now - self._times[0]) / len(self._times) if len(self._times) > 1 else None
+        """(now - oldest) / how many, as RainbowCake's code has it; None before the second arrival."""
+        times = self.times
+        return (now - times[0]) / len(times) if len(times) > 1 else None
 
+    def expected(self, means: float) -> float:
+        """By when the next should have come, so many mean gaps after the last; -inf before the second arrival."""
+        times = self.times
+        return times[-1] + means * (times[-1] - times[0]) / len(times) if len(times) > 1 else -inf
 
-class _Layer:
-    """The mean start and the mean bytes of one layer, over the models that share it."""
-
-    __slots__ = ("count", "nbytes", "seconds")
-
-    def __init__(self) -> None:
-        self.count, self.seconds, self.nbytes = 0, 0.0, 0.0
-
-    def add(self, seconds: float, nbytes: int) -> None:
+    def learn(self, seconds: float, nbytes: int, alpha: float) -> None:
+        """One more shares it, which starts in `seconds` and holds `nbytes` for it."""
         self.count += 1
         self.seconds += (seconds - self.seconds) / self.count
         self.nbytes += (nbytes - self.nbytes) / self.count
+        self.beta = beta_seconds(self.seconds, self.nbytes, alpha)
 
 
 @dataclass(slots=True)
 class RainbowCake:
     """`p` is the quantile of pre-warming and of staying, `window` how many arrivals are remembered. `prewarm_always`: pre-warms
-    even where an idle instance is there by then; `floor_first`: see `layer_ttl` (its code's two quirks)."""
+    even where an idle instance is there by then; `floor_first`: see `layer_ttl` (its code's two quirks).
+
+    Without the first quirk a pre-warm does nothing while an idle instance is there, so one is asked for only where the
+    instance will be gone before: by its own time to live, or because it gave way.
+    """
 
     p: float = 0.8
     alpha: float = ALPHA
@@ -93,59 +99,78 @@ class RainbowCake:
     floor_seconds: float = FLOOR_SECONDS
     prewarm_always: bool = False
     floor_first: bool = False
-    _arrivals: dict[tuple[Warmth, str], Arrivals] = field(default_factory=dict, init=False)
-    _layers: dict[tuple[Warmth, str], _Layer] = field(default_factory=dict, init=False)
+    _layers: dict[Warmth, dict[str, Layer]] = field(default_factory=lambda: {warmth: {} for warmth in _BELOW}, init=False)
+    _shared: dict[str, tuple[Layer, Layer, Layer]] = field(default_factory=dict, init=False)
+    """By model: its own layer, its runtime's, everybody's."""
+    _means: float = field(default=0.0, init=False)
+    """The quantile in means."""
 
     def __post_init__(self) -> None:
         if self.window < 2 or not (0 < self.p < 1 and 0 < self.alpha < 1 and self.floor_seconds >= 0):
             raise ValueError("RainbowCake needs a window of at least 2 arrivals, p and alpha between 0 and 1, and a floor of 0 s or more")
+        self._means = quantile_seconds(self.p, 1.0)
 
     def on_deploy(self, model: ModelState, cluster: Cluster, now: float) -> Sequence[Prewarm]:
         spec = model.spec
         slowest = min((min(node.spec.remote_bytes_per_second, node.spec.disk_bytes_per_second) for node in cluster.nodes.values()), default=None)
         load = spec.nbytes / slowest if slowest else 0.0
-        seconds = {Warmth.READY: load + spec.ready_seconds, Warmth.RUNTIME: spec.runtime_seconds, Warmth.PROCESS: spec.process_seconds}
-        nbytes = {Warmth.READY: spec.nbytes, Warmth.RUNTIME: spec.runtime_nbytes, Warmth.PROCESS: spec.process_nbytes}
-        for warmth in _BELOW:
-            self._layers.setdefault(_key(warmth, spec.name, spec.runtime), _Layer()).add(seconds[warmth], nbytes[warmth])
+        own, runtime, everybody = self._share(spec)
+        own.learn(load + spec.ready_seconds, spec.nbytes, self.alpha)
+        runtime.learn(spec.runtime_seconds, spec.runtime_nbytes, self.alpha)
+        everybody.learn(spec.process_seconds, spec.process_nbytes, self.alpha)
         return ()
 
+    def _share(self, spec: ModelSpec) -> tuple[Layer, Layer, Layer]:
+        """Also when a model has come with another runtime than it had."""
+        layers = self._layers
+        own, runtime, everybody = (
+            layers[warmth].setdefault(key, Layer(self.window)) for warmth, key in ((_READY, spec.name), (Warmth.RUNTIME, spec.runtime), (Warmth.PROCESS, ""))
+        )
+        self._shared[spec.name] = own, runtime, everybody
+        return own, runtime, everybody
+
     def on_arrival(self, model: ModelState, cluster: Cluster, now: float, warmth: Warmth) -> Sequence[Prewarm]:
-        spec = model.spec
-        for layer in _BELOW:
-            key = _key(layer, spec.name, spec.runtime)
-            arrivals = self._arrivals.get(key)
-            if arrivals is None:
-                arrivals = self._arrivals[key] = Arrivals(self.window)
-            arrivals.add(now)
-        gap = self._arrivals[Warmth.READY, spec.name].mean_gap(now)
-        if gap is None:
-            return ()
-        idle = len(model.open) if self.prewarm_always else 0
-        return [Prewarm(now + quantile_seconds(self.p, gap), spec.name, Warmth.READY, 1 + idle)]
+        name = model.spec.name
+        own, runtime, everybody = self._shared.get(name) or self._share(model.spec)
+        own.times.append(now)
+        runtime.times.append(now)
+        everybody.times.append(now)
+        if self.prewarm_always:
+            gap = own.mean_gap(now)
+            return () if gap is None else (Prewarm(now + self._means * gap, name, _READY, 1 + len(model.open)),)
+        if own.due > now:  # this one came sooner, so the next is expected later
+            own.due = own.expected(self._means)
+            return (Prewarm(own.due, name, _READY),)
+        return ()
 
     def ttl(self, warmth: Warmth, model: str, runtime: str, now: float) -> float:
         """How long a layer stays, by its own arrivals, its own start and its own bytes."""
-        key = _key(warmth, model, runtime)
-        arrivals, layer = self._arrivals.get(key), self._layers.get(key)
-        gap = arrivals.mean_gap(now) if arrivals is not None else None
-        if gap is None:
+        layer = self._layers[warmth].get(model if warmth is _READY else runtime if warmth is Warmth.RUNTIME else "")
+        gap = layer.mean_gap(now) if layer is not None else None
+        if layer is None or gap is None:
             return _FIRST[warmth]
-        beta = beta_seconds(layer.seconds, layer.nbytes, self.alpha) if layer is not None else _BETA_WITHOUT_HISTORY
-        return layer_ttl(quantile_seconds(self.p, gap), beta, self.floor_seconds, floor_first=self.floor_first)
+        return layer_ttl(self._means * gap, layer.beta, self.floor_seconds, floor_first=self.floor_first)
 
     def stay(self, instance: InstanceState, cluster: Cluster, now: float) -> Stay:
-        warmth = Warmth.READY if instance.warmth >= Warmth.DRAM else instance.warmth
-        return Stay(self.ttl(warmth, instance.model or "", instance.runtime or "", now), _BELOW[warmth])
+        warmth, name = instance.warmth, instance.model
+        if name is None:
+            return Stay(self.ttl(warmth, "", instance.runtime or "", now), _BELOW[warmth])
+        return self._gone_after(self.ttl(_READY, name, "", now), name, now)
+
+    def _gone_after(self, seconds: float, name: str, now: float) -> Stay:
+        """One of this model, with the pre-warm by the quantile where that comes later."""
+        own = self._layers[_READY].get(name)
+        if own is not None and not self.prewarm_always:
+            due = own.expected(self._means)
+            if due > now + seconds:
+                own.due = due
+                return Stay(seconds, _RUNTIME, Prewarm(due, name, _READY))
+        return Stay(seconds, _RUNTIME)
 
     def rank(self, instance: InstanceState, cluster: Cluster, now: float) -> float:
         """The one idle longest gives way first, over all layers."""
         return now
 
     def gave_way(self, instance: InstanceState, rank: float, now: float) -> Stay:
-        return Stay(0.0, _BELOW[Warmth.READY if instance.warmth >= Warmth.DRAM else instance.warmth])
-
-
-def _key(warmth: Warmth, model: str, runtime: str) -> tuple[Warmth, str]:
-    """A layer and who shares it: one model, all of a runtime, or all there are."""
-    return warmth, model if warmth is Warmth.READY else runtime if warmth is Warmth.RUNTIME else ""
+        name = instance.model
+        return Stay(0.0, _BELOW[instance.warmth]) if name is None else self._gone_after(0.0, name, now)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from heapq import nsmallest
 from itertools import islice
+from operator import itemgetter
 
 from sllm_mini.control.cluster import Cluster
 from sllm_mini.control.estimate import Estimator
 from sllm_mini.control.messages import ModelSpec
 from sllm_mini.control.policy import Plan
 from sllm_mini.control.state import InstanceState, ModelState, NodeState, held_nbytes
-from sllm_mini.types import Warmth
+from sllm_mini.types import Tier, Warmth
+
+_COLD, _READY, _REMOTE = Warmth.COLD, Warmth.READY, Tier.REMOTE
+_BY_SECONDS_AND_NAME = itemgetter(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +42,12 @@ def climbs_from(model: ModelState, node: NodeState, cluster: Cluster) -> Instanc
         own = [one for id, one in few.items() if one.node == name and id in model.asleep and one.spec == model.spec]
         if own:
             return max(own, key=lambda one: one.warmth)
-    return next(cluster.sleeping(name, model.spec.runtime), None)
+    return cluster.sleeper(name, model.spec.runtime)
 
 
 def lacking(spec: ModelSpec, node: NodeState, reuse: InstanceState | None) -> tuple[int, int]:
     """Devices and bytes that a start here needs beside what is free and what it climbs from; 0 or less: nothing."""
-    devices, nbytes = spec.devices - len(node.free_devices), held_nbytes(spec, Warmth.READY)
+    devices, nbytes = spec.devices - len(node.free_devices), held_nbytes(spec, _READY)
     if reuse is not None:
         devices -= len(reuse.devices)
         nbytes = max(nbytes, held_nbytes(spec, reuse.warmth)) - reuse.held_nbytes
@@ -58,7 +61,7 @@ def spare(model: ModelState, node: NodeState, cluster: Cluster, reuse: InstanceS
     for idle in cluster.idle_instances(node.spec.name):
         if idle is reuse:
             continue
-        if idle.warmth is Warmth.READY and idle.model is not None:
+        if idle.warmth is _READY and idle.model is not None:
             if idle.model == model.spec.name:
                 continue
             theirs = cluster.models[idle.model]
@@ -69,40 +72,76 @@ def spare(model: ModelState, node: NodeState, cluster: Cluster, reuse: InstanceS
         yield idle
 
 
-def fit(model: ModelState, node: NodeState, cluster: Cluster, estimator: Estimator, now: float) -> Candidate | None:
-    """A start on what is free or idle here; None if that is not enough. Idle instances give way in order of rank, and none for
-    nothing. Costs a look at them."""
-    reuse = climbs_from(model, node, cluster)
+def leaving_for(model: ModelState, node: NodeState, cluster: Cluster, reuse: InstanceState | None) -> list[InstanceState] | None:
+    """Who has to give way for a start on what is free or idle here; None if that is not enough. Idle instances give way in order of
+    rank, and none for nothing. Costs a look at them."""
     devices, nbytes = lacking(model.spec, node, reuse)
+    if devices <= 0 and nbytes <= 0:
+        return []
+    if devices > node.idle_devices or nbytes > node.idle_nbytes:
+        return None
     leaving: list[InstanceState] = []
-    if devices > 0 or nbytes > 0:
-        if devices > node.idle_devices or nbytes > node.idle_nbytes:
-            return None
-        for idle in spare(model, node, cluster, reuse):
-            if nbytes <= 0 and not idle.devices:
-                continue
-            leaving.append(idle)
-            devices -= len(idle.devices)
-            nbytes -= idle.held_nbytes
-            if devices <= 0 and nbytes <= 0:
-                break
-        else:
-            return None
-        for idle in leaving[-2::-1]:  # what a later one made superfluous stays, the highest rank first
-            if devices + len(idle.devices) <= 0 and nbytes + idle.held_nbytes <= 0:
-                leaving.remove(idle)
-                devices += len(idle.devices)
-                nbytes += idle.held_nbytes
+    for idle in spare(model, node, cluster, reuse):
+        if nbytes <= 0 and not idle.devices:
+            continue
+        leaving.append(idle)
+        devices -= len(idle.devices)
+        nbytes -= idle.held_nbytes
+        if devices <= 0 and nbytes <= 0:
+            break
+    else:
+        return None
+    for idle in leaving[-2::-1]:  # what a later one made superfluous stays, the highest rank first
+        if devices + len(idle.devices) <= 0 and nbytes + idle.held_nbytes <= 0:
+            leaving.remove(idle)
+            devices += len(idle.devices)
+            nbytes += idle.held_nbytes
+    return leaving
+
+
+def fit(model: ModelState, node: NodeState, cluster: Cluster, estimator: Estimator, now: float) -> Candidate | None:
+    """A start on what is free or idle here; None if that is not enough."""
+    reuse = climbs_from(model, node, cluster)
+    leaving = leaving_for(model, node, cluster, reuse)
+    if leaving is None:
+        return None
     plan = plan_for(model, node, reuse, leaving, estimator, now)
     return Candidate(plan, plan.estimate_seconds)
 
 
+def soonest(model: ModelState, nodes: Iterable[NodeState], cluster: Cluster, estimator: Estimator, now: float) -> tuple[Candidate | None, list[NodeState]]:
+    """What `choose_node` takes of the fits on these nodes, and the nodes where a start would be sooner but does not fit, quickest
+    first. Looks in order of the estimates, so that it need not look for room on the others."""
+    spec, name, start = model.spec, model.spec.name, estimator.start
+    ways = []
+    for node in nodes:
+        reuse = climbs_from(model, node, cluster)
+        seconds = start(node, spec, _COLD if reuse is None else reuse.warmth, node.cached.get(name, _REMOTE), now)
+        ways.append((round(seconds, 3), node.spec.name, seconds, node, reuse))
+    ways.sort(key=_BY_SECONDS_AND_NAME)
+    best, best_seconds, busy = None, 0.0, []
+    for rounded, _, seconds, node, reuse in ways:
+        if best is not None and rounded > best_seconds:
+            break
+        leaving = leaving_for(model, node, cluster, reuse)
+        if leaving is None:
+            busy.append(node)
+        elif best is None or len(leaving) < len(best.plan.give_way):
+            best, best_seconds = Candidate(_planned(model, node, reuse, leaving, seconds), seconds), rounded
+            if not leaving:
+                break
+    return best, busy
+
+
 def plan_for(model: ModelState, node: NodeState, reuse: InstanceState | None, leaving: list[InstanceState], estimator: Estimator, now: float) -> Plan:
     """With the seconds it takes were it begun now."""
-    tier = node.tier(model.spec.name)
-    seconds = estimator.start(node, model.spec, Warmth.COLD if reuse is None else reuse.warmth, tier, now)
-    give_way = tuple(idle.id for idle in leaving)
-    return Plan(node.spec.name, reuse=None if reuse is None else reuse.id, give_way=give_way, tier=tier, estimate_seconds=seconds)
+    seconds = estimator.start(node, model.spec, _COLD if reuse is None else reuse.warmth, node.tier(model.spec.name), now)
+    return _planned(model, node, reuse, leaving, seconds)
+
+
+def _planned(model: ModelState, node: NodeState, reuse: InstanceState | None, leaving: list[InstanceState], seconds: float) -> Plan:
+    give_way = tuple([idle.id for idle in leaving])
+    return Plan(node.spec.name, None if reuse is None else reuse.id, give_way, tier=node.tier(model.spec.name), estimate_seconds=seconds)
 
 
 def most_recent(model: ModelState) -> InstanceState:
@@ -110,7 +149,7 @@ def most_recent(model: ModelState) -> InstanceState:
     return model.open[next(reversed(model.open))]
 
 
-def near_nodes(model: ModelState, cluster: Cluster, most: int) -> Iterator[NodeState]:
+def near_nodes(model: ModelState, cluster: Cluster, most: int) -> list[NodeState]:
     """The nodes worth a look: those with a sleeping instance of it, those that have its weights (fastest tier first, then the
     shortest queue), and those with the devices that can load soonest; at most `most` of each kind.
 
@@ -119,9 +158,15 @@ def near_nodes(model: ModelState, cluster: Cluster, most: int) -> Iterator[NodeS
     """
     nodes, tiers, wide = cluster.nodes, model.cached_on, 4 * most
     seen: dict[str, None] = {one.node: None for one in islice(model.asleep.values(), most)}
-    seen.update(dict.fromkeys(nsmallest(most, islice(tiers, wide), key=lambda name: (-tiers[name], nodes[name].loads_until, name))))
-    looked = wide if len(tiers) > wide else most
-    for place, node in enumerate(islice(cluster.open_nodes(model.spec.devices, 0), looked)):
-        if place < most or node.spec.name in tiers:
-            seen[node.spec.name] = None
-    return (nodes[name] for name in seen)
+    if len(tiers) > 1:
+        seen.update(dict.fromkeys(sorted(islice(tiers, wide), key=lambda name: (-tiers[name], nodes[name].loads_until, name))[:most]))
+    else:
+        seen.update(dict.fromkeys(tiers))
+    order = cluster.open_order(model.spec.devices)
+    for _, name in order[:most]:
+        seen[name] = None
+    if len(tiers) > wide:
+        for _, name in order[most:wide]:
+            if name in tiers:
+                seen[name] = None
+    return [nodes[name] for name in seen]

@@ -5,23 +5,25 @@ those that free enough devices for the least seconds of loading elsewhere and mi
 its public code leaves out is done here: victims are looked at in the order of arrival, a destination is used up by each
 that goes there (devices, memory, seats), the loads queued there are counted, also those of this plan, and a victim that
 finds no place is dropped and the rest chosen anew. Victims move at the same time, so a start waits for the slowest. A
-request moves at most `most_migrations` times. Pure: O(nodes looked at x victims x devices), whatever the size of the
-cluster. Source: OSDI'24, section 6, and its repository. Taught in chapter 08.
+request moves at most `most_migrations` times, and attempts that failed count. Pure: O(nodes looked at x victims x devices),
+whatever the size of the cluster. Source: OSDI'24, section 6, and its repository. Taught in chapter 08.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import inf
+
+from msgspec.structs import replace
 
 from sllm_mini.control.cluster import Cluster
 from sllm_mini.control.estimate import Estimator
 from sllm_mini.control.placement.departures import Departures, Taken
-from sllm_mini.control.placement.fit import Candidate, choose_node, fit, most_recent, near_nodes
+from sllm_mini.control.placement.fit import Candidate, choose_node, most_recent, near_nodes, soonest
 from sllm_mini.control.placement.victims import cheapest_cover, shortage, victims
 from sllm_mini.control.policy import Plan
 from sllm_mini.control.state import InstanceState, ModelState, NodeState, RequestState
-from sllm_mini.types import Tier, Warmth
+from sllm_mini.types import Warmth
 
 
 @dataclass(slots=True)
@@ -38,30 +40,26 @@ class StartupTimeOptimised:
         return most_recent(model)
 
     def choose_node(self, model: ModelState, cluster: Cluster, now: float) -> Plan | None:
-        found, busy = [], []
-        for node in near_nodes(model, cluster, self.most_considered):
-            candidate = fit(model, node, cluster, self.estimator, now)
-            if candidate is not None:
-                found.append(candidate)
-            elif node.tier(model.spec.name) > Tier.REMOTE:
-                busy.append(node)
-        if self.migrate and busy:
-            soonest = min((one.seconds for one in found), default=inf)
+        best, busy = soonest(model, near_nodes(model, cluster, self.most_considered), cluster, self.estimator, now)
+        name = model.spec.name
+        if self.migrate and busy and (busy := [node for node in busy if name in node.cached]):
+            found = [] if best is None else [best]
+            least = inf if best is None else best.seconds
             ways = Departures(cluster, self.estimator, now, self.most_considered)
             for node in busy[: self.most_considered]:
-                candidate = self._migrating(model, node, cluster, ways, soonest, now)
+                candidate = self._migrating(model, node, cluster, ways, least, now)
                 if candidate is not None:
                     found.append(candidate)
-                    soonest = min(soonest, candidate.seconds)
-        chosen = choose_node(found)
-        return None if chosen is None else chosen.plan
+                    least = min(least, candidate.seconds)
+            best = choose_node(found)
+        return None if best is None else best.plan
 
-    def _migrating(self, model: ModelState, node: NodeState, cluster: Cluster, ways: Departures, soonest: float, now: float) -> Candidate | None:
-        """A start on this node after its cheapest victims have left, if that can be sooner than `soonest`."""
+    def _migrating(self, model: ModelState, node: NodeState, cluster: Cluster, ways: Departures, least: float, now: float) -> Candidate | None:
+        """A start on this node after its cheapest victims have left, if that can be sooner than `least`."""
         need = shortage(model, node, cluster, self.estimator, now)
-        if need is None or need.plan.estimate_seconds >= soonest:
+        if need is None or need.plan.estimate_seconds >= least:
             return None
-        leaving = [one for one in victims(node, model, cluster) if all(each.migrations < self.most_migrations for each in one.requests.values())]
+        leaving = [one for one in victims(node, model, cluster) if all(each.migrations + each.failed_moves < self.most_migrations for each in one.requests.values())]
         while leaving:
             found = [way for one in leaving if (way := ways.quickest(one, Taken())) is not None]
             chosen = cheapest_cover([way.seconds for way in found], [len(way.victim.devices) for way in found], need.devices)

@@ -7,8 +7,10 @@ for ever. Pure. Taught in chapter 08.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import inf
+
+from msgspec.structs import replace
 
 from sllm_mini.control.cluster import Cluster
 from sllm_mini.control.estimate import Estimator

@@ -7,8 +7,10 @@ as make it faster: all wait for the slowest share. Pure. Taught in chapters 08 a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
+
+from msgspec.structs import replace
 
 from sllm_mini.control.cluster import Cluster
 from sllm_mini.control.estimate import Estimator

@@ -65,9 +65,9 @@ def _per_event(ran: Sequence[Ran]) -> float:
 
 def _growth(growing: Sequence[Workload], samples: Mapping[str, Sequence[Ran]]) -> list[dict[str, Any]]:
     rows = []
-    smallest: dict[float, Workload] = {}
+    smallest: dict[str, Workload] = {}
     for workload in growing:
-        first = smallest.setdefault(workload.zipf, workload)
+        first = smallest.setdefault(workload.kind, workload)
         ran, base = samples[workload.name], samples[first.name]
         ratios = [(one.seconds / one.events) / (other.seconds / other.events) for one, other in zip(ran, base, strict=True)]
         rows.append(

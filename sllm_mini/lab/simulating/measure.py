@@ -21,7 +21,16 @@ from typing import Any
 
 from sllm_mini.cluster.simulated.policies import AUTOSCALERS, KEEP_ALIVES, PLACEMENTS
 from sllm_mini.lab.simulating.document import SIMPY, assemble
-from sllm_mini.lab.simulating.workload import Ran, Workload, churn, queues, run_simpy, run_simulated, with_policies
+from sllm_mini.lab.simulating.workload import (
+    Ran,
+    Workload,
+    churn,
+    queues,
+    run_simpy,
+    run_simulated,
+    steady,
+    with_policies,
+)
 from sllm_mini.loading.probe import measure_machine
 
 _GROWING = (8, 64, 512)
@@ -29,10 +38,10 @@ _GROWING = (8, 64, 512)
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to measure. `requests` in each run after `warm_up` that are not counted, `nodes` of the smallest and the largest cluster. Raises ValueError for what
-    measures nothing."""
+    """How to measure. `requests` in each run after at least `warm_up` that are not counted, `nodes` of the smallest and the largest
+    cluster. Raises ValueError for what measures nothing."""
 
-    rounds: int = 5
+    rounds: int = 3
     requests: int = 20_000
     warm_up: int = 16_384
     nodes: tuple[int, int] = (8, 1000)
@@ -53,8 +62,8 @@ def measure_simulating(*, options: Options | None = None, on_stage: Callable[[st
     options = options or Options()
     say = on_stage or (lambda _: None)
     small, large = options.nodes
-    workloads = [queues(small), churn(small), churn(large)]
-    growing = [make(nodes) for make in (queues, churn) for nodes in options.growing]
+    workloads = [queues(small), steady(small), steady(large), churn(small), churn(large)]
+    growing = [make(nodes) for make in (queues, steady, churn) for nodes in options.growing]
     ways: dict[str, Callable[[int], Ran]] = {
         workload.name: partial(run_simulated, workload, options.requests, warm_up=options.warm_up) for workload in {each.name: each for each in (*workloads, *growing)}.values()
     }  # fmt: skip
@@ -72,7 +81,7 @@ def measure_simulating(*, options: Options | None = None, on_stage: Callable[[st
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "machine": asdict(measure_machine(os.getcwd())),
         "model": None,
-        "method": {**asdict(options), "core_count": 1, "not_timed": "the cluster's making, the warm-up (in blocks of 8,192 requests), and one run of each"},
+        "method": {**asdict(options), "core_count": 1, "not_timed": "the cluster's making, the warm-up (in blocks of 8,192 requests; 100 s of simulated time where popularity is skewed as Azure's), and one run of each"},
     }
     return assemble(workloads, growing, samples, policies, memory, skipped, facts)
 
