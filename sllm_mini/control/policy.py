@@ -118,7 +118,8 @@ class Autoscaler(Protocol):
         ...
 
     def desired(self, model: ModelState, now: float) -> int:
-        """How many instances it should have, ready and starting together, within what its spec allows."""
+        """How many instances it should have, ready and starting together, within what its spec allows. `model.queue` is a deque
+        of those that wait, `model.running` a count."""
         ...
 
     def admits(self, model: ModelState, now: float) -> bool:
