@@ -76,7 +76,19 @@ def test_block_counts_are_said_as_they_are_drawn() -> None:
     assert marks["binomial pipeline"] == pytest.approx([3 * 1.6, 6 * 0.5, 18 * 0.2])
     assert marks["everyone reads the store"] == pytest.approx([7 * 1.6, 28 * 0.5, 112 * 0.2])
     said = local_link_plots.block_counts_text(link, 7, 1600, [1, 4, 16])
-    assert "4 blocks are, with 3.00 s. 1 takes x1.6 that and 16 take x1.2" in said
+    assert "4 blocks are, with 3.00 s, where one copy takes at least 1.60 s. 1 takes x1.6 that and 16 take x1.2" in said
+    pyplot.close(axes.figure)  # type: ignore[arg-type]
+
+
+def test_no_mark_lies_below_the_limit_where_small_blocks_move_faster() -> None:
+    from matplotlib import pyplot
+
+    link = LocalLink({2**20: 1.1, 2**16: 0.04, 2**12: 0.1}, 0.001)
+    axes = local_link_plots.plot_block_counts(link, 15, 2**20, [1, 16, 256])
+    limit = next(line for line in axes.lines if line.get_linestyle() == ":")
+    assert list(limit.get_ydata()) == pytest.approx([16 * 0.04] * 2)  # type: ignore[arg-type]
+    drawn: list[Any] = [line.get_ydata() for line in axes.lines]
+    assert all(min(seconds) >= 16 * 0.04 for seconds in drawn)
     pyplot.close(axes.figure)  # type: ignore[arg-type]
 
 
@@ -182,6 +194,10 @@ def test_courses_are_said_as_they_are_drawn(races: dict[float, list[Course]]) ->
     assert autoscaling_plots.needed(PHASES, 4, 4) == ([0, 60, 240, 340, 350, 480], [0.5, 8, 0.5, 20, 0.5])
     panels = autoscaling_plots.plot_starts(courses[:2], 50, 100).axes
     assert [len(panel.lines) for panel in panels] == [2, 2] and panels[1].get_xlim() == (50, 100)
+    for one, said_of in zip(courses[:2], autoscaling_plots.starts_text(courses[:2], 50, 100).split(";"), strict=True):
+        shown = [moment for moment in one.moments if 50 <= moment.time <= 100]
+        assert f"{one.name}: at most {max(m.ready for m in shown)} ready and {max(m.queued for m in shown)} queued" in said_of
+    assert "at most 1 ready and 0 queued" in autoscaling_plots.starts_text(courses[:1], 0.6, 0.7), "what began before lasts into it"
     for draw in (lambda: autoscaling_plots.plot_courses([], PHASES, service_seconds=4, concurrency=4), lambda: autoscaling_plots.plot_starts([], 0, 1)):
         with pytest.raises(ValueError, match="nothing to draw"):
             draw()

@@ -330,9 +330,9 @@ def test_no_node_or_no_block_is_refused(plan: Callable[[int, int], Plan]) -> Non
     for nodes, blocks in ((0, 3), (3, 0), (-1, 3)):
         with pytest.raises(ValueError, match="give at least one of each"):
             plan(nodes, blocks)
-    with pytest.raises(ValueError, match="serves nobody"):
+    with pytest.raises(ValueError, match="give a whole number of 1 or more"):
         store_reads(3, 3, 0)
-    with pytest.raises(ValueError, match="give 1 or more"):
+    with pytest.raises(ValueError, match="give a whole number of 1 or more"):
         Plan("still", 2, 1, (), source_sends=0)
 
 
@@ -418,6 +418,39 @@ def test_hydraserve_by_hand_and_what_it_refuses() -> None:
         hydraserve_ttft(16e9, 0.0, 0.5)
 
 
+def test_what_is_no_number_of_things_is_refused_in_a_sentence() -> None:
+    half: Any = 2.5
+    for build in (binomial_pipeline, serial_chain, binary_tree, store_reads):
+        for shape in ((half, 3), (3, half)):
+            with pytest.raises(ValueError, match="give whole numbers"):
+                build(*shape)
+    with pytest.raises(ValueError, match="give whole numbers"):
+        k_way_pipeline(9, 3, half)
+    for wrong in (lambda: store_reads(3, 3, half), lambda: Plan("p", 2, 1, (), source_sends=half)):
+        with pytest.raises(ValueError, match="give a whole number of 1 or more"):
+            wrong()
+    for place in ("tick", "source", "target", "block"):
+        changed: dict[str, Any] = {place: 1.5}
+        plan = Plan("p", 3, 1, (replace(Transfer(1, 0, 1, 0), **changed), Transfer(2, 0, 2, 0)))
+        with pytest.raises(ValueError, match="tick, nodes and block are whole numbers"):
+            check(plan)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_finite_makes_no_seconds(wrong: float) -> None:
+    for figures in ((wrong, 1e6, 1e9), (3, wrong, 1e9), (3, 1e6, wrong)):
+        with pytest.raises(ValueError, match="all finite"):
+            plan_seconds(*figures)
+        with pytest.raises(ValueError, match="all finite"):
+            hydraserve_ttft(figures[1], figures[2], figures[0])
+    with pytest.raises(ValueError, match="all finite"):
+        plan_seconds(3, 1e6, 1e9, tick_seconds=wrong)
+    for name in ("wait_seconds", "start_seconds"):
+        option: dict[str, Any] = {name: wrong}
+        with pytest.raises(ValueError, match="all finite"):
+            hydraserve_ttft(16e9, 2e9, 0.5, **option)
+
+
 # --- what chapter 10 draws -----------------------------------------------------------------------------------------------
 
 
@@ -465,6 +498,22 @@ def test_the_curves_say_what_they_show() -> None:
     assert "everyone reads the store 128 s (x8.00 against 1)" in text and "after 4.00 s" in text
     with pytest.raises(ValueError, match="no plans to draw"):
         plots.plot_serve_curves([])
+
+
+@pytest.mark.parametrize("name", plots.PLAN_NAMES)
+def test_ticks_of_the_curves_are_those_of_the_plans(name: str) -> None:
+    for instances in (1, 2, 3, 7, 12):
+        for blocks in (1, 5, 16):
+            figures = summarize(plots.build_plan(name, instances, blocks, ways=3, store_sends=2))
+            assert plots.ticks_until_served(name, instances, blocks, ways=3, store_sends=2) == (figures.ticks, figures.joint)
+
+
+def test_in_enough_blocks_chain_and_cube_nearly_meet() -> None:
+    """What section 5 says of 32 new instances; blocks are counts, said in full."""
+    ticks = {blocks: [plots.ticks_until_served(name, 32, blocks)[0] for name in ("chain", "binomial")] for blocks in (32, 1140)}
+    assert ticks[32] == [63, 37] and ticks[1140][0] < 1.03 * ticks[1140][1]
+    slider = plots.serve_controls()["blocks"]
+    assert slider.log and slider.text(1140.2) == "1,140" and slider.range_text == "1 to 4,096"
 
 
 def test_each_widget_has_a_page_without_a_kernel() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sllm_mini.lab.autoscaling import Course
+from sllm_mini.lab.autoscaling import Course, Moment
 from sllm_mini.lab.style import INK, color_of, use_style
 from sllm_mini.lab.table import Table
 from sllm_mini.lab.units import seconds_text
@@ -79,6 +79,21 @@ def courses_table(courses: Sequence[Course], *, what: str = "autoscaler") -> Tab
     )
 
 
+def _between(course: Course, begin: float, end: float) -> list[Moment]:
+    """The moments that hold somewhere between `begin` and `end`, the one that lasts into it included."""
+    before = [moment for moment in course.moments if moment.time <= begin]
+    return before[-1:] + [moment for moment in course.moments if begin < moment.time <= end]
+
+
+def starts_text(courses: Sequence[Course], begin: float, end: float) -> str:
+    """What `plot_starts` shows, and no more: the most that were ready and the most that were queued, from `begin` to `end`."""
+    said = []
+    for course in courses:
+        shown = _between(course, begin, end)
+        said.append(f"{course.name}: at most {max(moment.ready for moment in shown)} ready and {max(moment.queued for moment in shown)} queued")
+    return f"From second {begin:g} to {end:g}, {'; '.join(said)}."
+
+
 def plot_starts(courses: Sequence[Course], begin: float, end: float) -> Figure:
     """Two panels on one clock: instances ready and requests queued, a line for each course. Raises ValueError without
     courses. Not safe while another thread draws."""
@@ -93,7 +108,7 @@ def plot_starts(courses: Sequence[Course], begin: float, end: float) -> Figure:
         at = [moment.time for moment in course.moments]
         for ax, values in ((upper, [m.ready for m in course.moments]), (lower, [m.queued for m in course.moments])):
             ax.step(at, values, where="post", color=color_of(role), linestyle=line, label=course.name)
-    shown = [moment for course in courses for moment in course.moments if begin <= moment.time <= end]
+    shown = [moment for course in courses for moment in _between(course, begin, end)]
     highest = (max((moment.ready for moment in shown), default=1), max((moment.queued for moment in shown), default=1))
     for ax, label, top in zip((upper, lower), ("instances ready", "requests queued"), highest, strict=True):
         ax.set_ylabel(label)

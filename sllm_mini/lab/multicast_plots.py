@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from math import ceil, log2
+from typing import TYPE_CHECKING, Any
 
 from sllm_mini.control.multicast import (
     Plan,
-    Summary,
     binary_tree,
     binomial_pipeline,
     k_way_pipeline,
@@ -168,22 +168,31 @@ class CurvePoint:
 
     name: str
     instances: int
-    summary: Summary
     seconds: float
     joint_seconds: float
+
+
+def ticks_until_served(name: str, instances: int, blocks: int, *, ways: int = 4, store_sends: int = 1) -> tuple[int, int]:
+    """The plan's ticks until all hold every block, and until they do between them. By formula for "binomial" and "k-way", which
+    cost the square of `blocks` to build (`k_way_pipeline` states it); counted in the plan for the others. Pure."""
+    if name in ("binomial", "k-way"):
+        sources = max(1, min(ways, instances)) if name == "k-way" else 1
+        return blocks + ceil(log2(1 + ceil(instances / sources))) - 1, ceil(blocks / sources)
+    summary = summarize(build_plan(name, instances, blocks, store_sends=store_sends))
+    return summary.ticks, summary.joint
 
 
 def serve_curves(
     instances: Sequence[int], blocks: int, *, model_nbytes: float, bytes_per_second: float, tick_seconds: float = 0.0, ways: int = 4, store_sends: int = 1
 ) -> list[CurvePoint]:
     """All plans for all these numbers of new instances. `bytes_per_second` is a node's link; see `plan_seconds` for the fixed cost
-    of a tick. Pure; about a second for 64 instances and 64 blocks."""
+    of a tick. Pure; about a second for 1 to 32 instances and 1,000 blocks."""
     points = []
     for name in PLAN_NAMES:
         for count in instances:
-            summary = summarize(build_plan(name, count, blocks, ways=ways, store_sends=store_sends))
-            alone, joint = (plan_seconds(ticks, model_nbytes / blocks, bytes_per_second, tick_seconds=tick_seconds) for ticks in (summary.ticks, summary.joint))
-            points.append(CurvePoint(name, count, summary, alone, joint))
+            counted = ticks_until_served(name, count, blocks, ways=ways, store_sends=store_sends)
+            alone, joint = (plan_seconds(ticks, model_nbytes / blocks, bytes_per_second, tick_seconds=tick_seconds) for ticks in counted)
+            points.append(CurvePoint(name, count, alone, joint))
     return points
 
 
@@ -242,6 +251,14 @@ def serve_text(points: Sequence[CurvePoint]) -> str:
     return text
 
 
+@dataclass(frozen=True, slots=True)
+class CountSlider(Slider):
+    """A `Slider` whose numbers are counts, said in full."""
+
+    def text(self, value: Any) -> str:
+        return f"{round(value):,}"
+
+
 def draw_serve_curves(*, model_gb: float, link_gbit: float, blocks: float, tick_ms: float, ways: float, store_sends: float) -> Described:
     """The widget's drawing, in the units of its sliders: 1 to 32 new instances."""
     nbytes, rate = model_gb * 1e9, link_gbit * 1e9 / 8
@@ -249,16 +266,17 @@ def draw_serve_curves(*, model_gb: float, link_gbit: float, blocks: float, tick_
         (1, 2, 4, 8, 16, 32), round(blocks), model_nbytes=nbytes, bytes_per_second=rate, tick_seconds=tick_ms / 1e3, ways=round(ways), store_sends=round(store_sends)
     )
     said = serve_text(points)
-    setting = f"{nbytes_text(nbytes)} in {round(blocks)} blocks, {rate_text(rate)} a node, a store of {round(store_sends)} such links, up to {round(ways)} sources for the k-way form."
+    setting = f"{nbytes_text(nbytes)} in {round(blocks):,} blocks, {rate_text(rate)} a node, a store of {round(store_sends)} such links, up to {round(ways)} sources for the k-way form."
     return describe(plot_serve_curves(points), f"Seconds until n new instances serve, against n. {said} {setting}", caption=f"{said} {setting}")
 
 
 def serve_controls() -> dict[str, Slider]:
-    """The controls of `draw_serve_curves`. Where they stand first is an assumption, a 16 GB model and 100 Gbit/s links."""
+    """The controls of `draw_serve_curves`. Where they stand first is an assumption, a 16 GB model and 100 Gbit/s links,
+    and of blocks the number at which the binomial pipeline is quickest for 32 new instances then."""
     return {
         "model_gb": Slider("model", 16, 0.1, 1000, unit="GB", log=True),
         "link_gbit": Slider("a node's link", 100, 1, 800, unit="Gbit/s", log=True),
-        "blocks": Slider("blocks", 32, 1, 64, step=1),
+        "blocks": CountSlider("blocks", 80, 1, 4096, log=True),
         "tick_ms": Slider("fixed cost of a tick", 1, 0, 50, step=0.5, unit="ms"),
         "ways": Slider("sources of the k-way form", 4, 1, 8, step=1),
         "store_sends": Slider("the store's link, in nodes' links", 4, 1, 32, step=1),

@@ -13,7 +13,7 @@ from sllm_mini.control.multicast.schedule import Plan, Transfer
 def check(plan: Plan) -> None:
     """Returns if the plan is right. Raises ValueError naming the first transfer that breaks a rule, and which:
 
-    nodes, blocks and ticks that exist; nobody sends to itself; a sender holds the block when the tick begins; nothing is
+    nodes, blocks and ticks that exist, in whole numbers; nobody sends to itself; a sender holds the block when the tick begins; nothing is
     received twice, nor by who has it; one block sent a tick and node (`source_sends` for a source) and one received; and
     in the end every node holds every block. The order of `plan.transfers` does not matter. Pure.
     """
@@ -47,6 +47,8 @@ def check(plan: Plan) -> None:
 
 
 def _require_places(plan: Plan, transfer: Transfer) -> None:
+    if not all(isinstance(figure, int) for figure in (transfer.tick, transfer.source, transfer.target, transfer.block)):
+        raise ValueError(_broken(transfer, "tick, nodes and block are whole numbers"))
     if transfer.tick < 1:
         raise ValueError(_broken(transfer, "ticks count from 1"))
     if not (0 <= transfer.source < plan.nodes and 0 <= transfer.target < plan.nodes):

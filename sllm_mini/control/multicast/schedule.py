@@ -39,8 +39,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         require_shape(self.nodes, self.blocks, self.sources)
-        if self.source_sends < 1:
-            raise ValueError(f"a source that sends {self.source_sends} blocks a tick brings nothing anywhere; give 1 or more")
+        if not isinstance(self.source_sends, int) or self.source_sends < 1:
+            raise ValueError(f"a source that sends {self.source_sends} blocks a tick makes no plan; give a whole number of 1 or more")
 
     @property
     def ticks(self) -> int:
@@ -56,6 +56,8 @@ class Plan:
 
 
 def require_shape(nodes: int, blocks: int, sources: int = 1) -> None:
-    """Raises ValueError unless there is a block and a source, and no more sources than nodes."""
+    """Raises ValueError unless all are whole numbers, there is a block and a source, and no more sources than nodes."""
+    if not all(isinstance(figure, int) for figure in (nodes, blocks, sources)):
+        raise ValueError(f"{nodes} nodes, {sources} of them sources, and {blocks} blocks make no plan; give whole numbers")
     if blocks < 1 or not 1 <= sources <= nodes:
         raise ValueError(f"{nodes} nodes, {sources} of them sources, and {blocks} blocks make no plan; give at least one of each, and no more sources than nodes")

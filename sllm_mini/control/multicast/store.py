@@ -15,8 +15,8 @@ def store_reads(nodes: int, blocks: int, sends: int = 1) -> Plan:
     for no node, no block, or a store that sends nothing. Pure.
     """
     require_shape(nodes, blocks)
-    if sends < 1:
-        raise ValueError(f"a store that sends {sends} blocks a tick serves nobody; give 1 or more")
+    if not isinstance(sends, int) or sends < 1:
+        raise ValueError(f"a store that sends {sends} blocks a tick makes no plan; give a whole number of 1 or more")
     readers = nodes - 1
     served = min(sends, readers)
     # Turns go round: reader 1's block 0, reader 2's, …, reader 1's block 1, …; a tick takes the next `served` of them.

@@ -6,6 +6,7 @@ Ticks become seconds with the bytes of a block and the speed of a link (`plan_se
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from sllm_mini.control.multicast.schedule import Plan
 
@@ -45,8 +46,9 @@ def plan_seconds(ticks: int, block_nbytes: float, bytes_per_second: float, *, ti
     """Seconds that `ticks` ticks take: each is a block of `block_nbytes` over one node's link, and `tick_seconds` of fixed cost.
 
     The fixed cost (a message, a synchronisation) is why blocks cannot be made ever smaller. Raises ValueError for a
-    negative figure or a link of no speed.
+    figure that is negative or not finite, and for a link of no speed.
     """
-    if ticks < 0 or block_nbytes < 0 or tick_seconds < 0 or not bytes_per_second > 0:
-        raise ValueError(f"{ticks} ticks of {block_nbytes} bytes at {bytes_per_second} bytes/s and {tick_seconds} s each; give a speed above 0 and nothing negative")
+    # Said as what has to hold, because a comparison with nan is false.
+    if not (all(0 <= figure < inf for figure in (ticks, block_nbytes, tick_seconds)) and 0 < bytes_per_second < inf):
+        raise ValueError(f"{ticks} ticks of {block_nbytes} bytes at {bytes_per_second} bytes/s and {tick_seconds} s each; give a speed above 0, nothing negative and all finite")
     return ticks * (tick_seconds + block_nbytes / bytes_per_second)
