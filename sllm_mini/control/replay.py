@@ -4,9 +4,10 @@
     recorder.handle(event, now)                          # as the controller's
     replay(open("events.jsonl", "rb"), another)          # the same actions, or an error that names the line
 
-A controller made with the same policies and options, without a past, gives exactly the recorded actions; so does one that
-was restored from `Controller.to_bytes`, from that line on. Costs some 10 us an event. One thread at a time. Taught in
-chapter 08.
+A controller made with the same policies and options, without a past, gives exactly the recorded actions. One that was
+restored from `Controller.to_bytes` does from that line on where its policies learn nothing: what they have learned is
+saved only by those with `save` and `restore`, which none that is here has yet. Costs some 10 us an event. One thread at a
+time. Taught in chapter 08.
 """
 
 from __future__ import annotations
