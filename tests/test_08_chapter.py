@@ -146,6 +146,7 @@ def test_an_order_holds_is_tied_or_is_reversed() -> None:
     assert reported_order(told((3, 2, 1))) == "holds"
     assert reported_order(told((3, 1.001, 1))) == "tied"
     assert reported_order(told((1.5, 2, 1))) == reported_order(told((3, 0.9, 1))) == "reversed"
+    assert reported_order(told((10, 9, 1), (2, 1.9, 1), (1.1, 5, 1))) == "reversed", "the medians that are drawn count, not those of other ratios"
     one = ratio(told((3, 2, 1), (1, 4, 1), (2, 0.5, 1)), "shepherd")
     assert (one.low, one.median, one.high) == (0.5, 2, 4) and one.times_behind == "2 of 3 seeds" and one.text == "x2.00 (0.50 to 4.00)"
 
