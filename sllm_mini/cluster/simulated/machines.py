@@ -6,6 +6,7 @@ device in two hands or memory that is not there is a `SimulationError`, not a wr
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from heapq import heappush
 from itertools import count
@@ -28,7 +29,7 @@ _COLD, _PROCESS, _RUNTIME, _DRAM, _DEVICE, _READY = Warmth.COLD, Warmth.PROCESS,
 _DRAM_TIER, _DISK_TIER, _REMOTE_TIER = Tier.DRAM, Tier.DISK, Tier.REMOTE
 
 
-class Machines:
+class Machines(ABC):
     """See the module's words."""
 
     def __init__(self, options: SimulationOptions) -> None:
@@ -44,9 +45,9 @@ class Machines:
         """Loads that several nodes fetch a share of, by instance."""
         self._chance = Random(options.seed)
 
+    @abstractmethod
     def _tell(self, event: AnyEvent, now: float) -> None:
-        """Tells the controller and does what it answers."""
-        raise NotImplementedError("SimulatedCluster knows the controller")
+        """Tells the controller, which `SimulatedCluster` knows, and does what it answers."""
 
     # Nodes and models
 
