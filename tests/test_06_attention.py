@@ -27,9 +27,11 @@ from sllm_mini.inference import attention as attention_module
 from sllm_mini.inference.attention import (
     AttentionShape,
     DecodeAttention,
+    ProductAttention,
     decode_attention_forward,
     decoding,
     use_decode_attention,
+    use_product_attention,
 )
 from sllm_mini.resources import resource
 
@@ -269,6 +271,80 @@ def test_only_a_model_on_sdpa_is_switched(gpu_for: Folder) -> None:
     with pytest.raises(UnsupportedError, match="runs on eager attention"):
         use_decode_attention(model, gpu_for(AttentionShape.of_config(model.config, "float32")))
     assert model.config._attn_implementation == "eager"
+
+
+# --- two products on a CPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_give_what_sdpa_gives(dtype: torch.dtype, heads: tuple[int, int]) -> None:
+    """Within some rounding steps of the dtype of the result in float64; what a mask hides counts for nothing, however large it is."""
+    generator = torch.Generator().manual_seed(heads[0])
+    tokens, lengths = 70, torch.tensor([1, 64, 65, 70])
+    query = torch.randn(4, heads[0], 24, generator=generator).to(dtype)
+    keys, values = (torch.randn(4, heads[1], 128, 24, generator=generator).to(dtype)[:, :, :tokens] for _ in range(2))
+    hidden = torch.arange(tokens) >= lengths[:, None]
+    keys[hidden[:, None].expand(keys.shape[:3])] = 100.0
+    values[hidden[:, None].expand(values.shape[:3])] = 1000.0
+    mask = torch.zeros(4, 1, 1, tokens, dtype=dtype).masked_fill(hidden[:, None, None], torch.finfo(dtype).min)
+    more: dict[str, Any] = {"lengths": lengths.to(torch.int32), "longest": tokens, "window": None}
+    exact = torch.nn.functional.scaled_dot_product_attention
+    for scale in (None, 0.5):
+        found = ProductAttention().attend(query, keys, values, mask, scale=scale, **more)
+        expected = exact(query.double().unsqueeze(2), keys.double(), values.double(), mask.double(), scale=scale, enable_gqa=True).squeeze(2)
+        assert found is not None and found.dtype == dtype and (found - expected).abs().max() < 8 * torch.finfo(dtype).eps * values[~hidden[:, None].expand(values.shape[:3])].abs().max()
+    assert ProductAttention().attend(query, keys, values, None, scale=None, **more) is None, "rows alike are SDPA's"
+    assert ProductAttention().attend(query, keys, values, mask == 0, scale=None, **more) is None
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_engine_in_half_precision_decodes_unlike_rows_by_products(dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same tokens fed, so that one tie does not part the two: the logits stay within the dtype's rounding of SDPA's."""
+    plain, engine = (Engine(tiny(sliding_window=window).to(dtype)).runner for _ in range(2))
+    assert isinstance(engine._attention, ProductAttention) and engine.can_batch
+    plain._attention = None
+    asked: list[tuple[int, int]] = []
+    attend = ProductAttention.attend
+
+    def spy(self: ProductAttention, query: torch.Tensor, keys: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor | None:
+        found = attend(self, query, keys, *rest, **more)
+        asked.append((keys.shape[2], found is not None))
+        return found
+
+    monkeypatch.setattr(ProductAttention, "attend", spy)
+    prompts = [list(range(3, 3 + length)) for length in (30, 5, 17)]
+    caches = [runner.new_slots() for runner in (plain, engine)]
+    for runner, cache in zip((plain, engine), caches, strict=True):
+        for row, prompt in enumerate(prompts):
+            cache.add_row()
+            runner.extend(cache, row, torch.tensor([prompt]))
+    for step in range(45):
+        tokens = torch.tensor([[(7 * step + row) % 61] for row in range(3)])
+        expected, found = (runner.decode(cache, tokens).double() for runner, cache in zip((plain, engine), caches, strict=True))
+        assert (found - expected).norm() < 8 * torch.finfo(dtype).eps * expected.norm(), step
+    assert {size for size, _ in asked} == {64, 128} and all(taken for _, taken in asked), "oneDNN compiles for two shapes, not for 45"
+
+
+def test_only_half_precision_on_sdpa_decodes_by_products() -> None:
+    assert use_product_attention(tiny()) is None, "in float32 SDPA is as fast"
+    model = tiny().to(torch.bfloat16)
+    model.set_attn_implementation("eager")
+    assert use_product_attention(model) is None and model.config._attn_implementation == "eager"
+    assert Engine(model).runner._attention is None
+
+
+def test_rows_of_one_length_have_the_bits_of_generate() -> None:
+    """In half precision too: products are for rows of unlike lengths."""
+    model = tiny().to(torch.bfloat16)
+    prompts = torch.randint(0, 61, (3, 9), generator=torch.Generator().manual_seed(4))
+    expected = model.generate(prompts, max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=None)
+    engine = Engine(model)
+    generations = [engine.submit(prompt, max_new_tokens=30, stop_at_eos=False) for prompt in prompts.tolist()]
+    while engine.step():
+        pass
+    assert [generation.token_ids for generation in generations] == expected.tolist()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -1,10 +1,11 @@
-"""Decode attention by our own kernel (`csrc/decode_attention.cu`), for any transformers model that runs on torch's SDPA.
+"""Attention of decode steps, in place of torch's SDPA, for any transformers model that runs on SDPA.
 
-`use_decode_attention` makes a model ask `decode_attention_forward` at every layer. That is torch's SDPA for prefill, on a
-CPU, for shapes the kernel has no place for, and outside of `decoding`; inside, a decode step on a GPU reads each row's
-keys once and stops at its own length, where SDPA with a mask reads all rows to the longest. Within a few rounding steps
-of float32 (then one of the output's dtype) of the exact result, and the same bits whatever rows are beside. Costs two
-launches a layer and `4 * (head_dim + 2)` bytes per row, head and 128 tokens. Taught in chapter 06.
+`use_decode_attention` and `use_product_attention` make a model ask `decode_attention_forward` at every layer. That is
+torch's SDPA for prefill, for shapes they have no place for, and outside of `decoding`. Inside, on a GPU, our own kernel
+(`csrc/decode_attention.cu`) reads each row's keys once and stops at its own length, where SDPA with a mask reads all rows
+to the longest: within a few rounding steps of float32 (then one of the output's dtype) of the exact result, the same bits
+whatever rows are beside, two launches a layer and `4 * (head_dim + 2)` bytes per row, head and 128 tokens. On a CPU, two
+matrix products stand in for SDPA where it is slow. Taught in chapter 06.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from sllm_mini.device.base import Device
@@ -31,6 +32,8 @@ NAME = "sllm_decode"
 SOURCE = "decode_attention.cu"
 ELEMENTS = {"float32": 0, "float16": 1, "bfloat16": 2}
 CHUNK_TOKENS = 128
+GRAIN = 64
+"""The tokens of a row in memory, and those that products work on, are a multiple of this."""
 _MOST_QUERIES = 4
 _MOST_HEAD_DIM = 256
 _VECTOR_NBYTES = 16
@@ -145,6 +148,45 @@ class DecodeAttention:
         return out
 
 
+    def seen(self, ntokens: int) -> int:
+        """How many tokens it is to be given, where the longest row has so many."""
+        return ntokens
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, *, lengths: torch.Tensor, longest: int, scale: float | None, window: int | None
+    ) -> torch.Tensor | None:
+        """One step of a model, `[rows, heads, head_dim]`; None for what the kernel has no place for."""
+        held = keys.shape[2]
+        fits = held == longest or (held < longest and window is not None and window <= held)
+        if not fits or len(lengths) != len(query) or not self.takes(query, keys, values):
+            return None
+        return self(query, keys, values, lengths, longest=longest, scale=scale, window=window)
+
+
+class ProductAttention:
+    """On a CPU: one product for the scores, softmax in float32, one product for the answer, as transformers' eager attention
+    rounds. In float16 and bfloat16, torch's SDPA for one query a row took 1.6 to 8 times as long (torch 2.13, AVX-512, 8
+    rows of 96 to 1 024 tokens; most where query heads share keys), in float32 about as long. Only for rows of unlike lengths,
+    which have a mask: without one, SDPA gives the bits that `generate` gives."""
+
+    def seen(self, ntokens: int) -> int:
+        """How many tokens it is to be given: oneDNN compiles a product for each new shape, so shapes change every 64 steps."""
+        return -(-ntokens // GRAIN) * GRAIN
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, *, lengths: torch.Tensor, longest: int, scale: float | None, window: int | None
+    ) -> torch.Tensor | None:
+        """One step of a model, `[rows, heads, head_dim]`; `mask` `[rows, 1, 1, tokens]` is added to the scores. None without."""
+        import torch
+
+        if mask is None or not mask.is_floating_point():
+            return None
+        rows, heads, head_dim = query.shape
+        grouped = query.reshape(rows, keys.shape[1], heads // keys.shape[1], head_dim)
+        scores = torch.add(mask, grouped @ keys.transpose(2, 3), alpha=head_dim**-0.5 if scale is None else scale)
+        return (scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values).view(rows, heads, -1)
+
+
 @lru_cache(maxsize=64)
 def _bits(scale: float) -> int:
     """A scale as the kernel wants it: for powers of 2, the bits of a float32."""
@@ -152,29 +194,27 @@ def _bits(scale: float) -> int:
 
 
 @contextmanager
-def decoding(attention: DecodeAttention | None, lengths: torch.Tensor, longest: int) -> Iterator[None]:
-    """Inside, this thread's passes of one token per row attend by the kernel: `lengths` (int32, on the device) tells how
-    many tokens each row has, the new one included, and `longest` bounds them. Masks are not looked at, so they must say
-    the same. With None for `attention` nothing changes."""
-    before = getattr(_local, "step", None)
-    _local.step = None if attention is None else (attention, lengths, longest)
+def decoding(attention: DecodeAttention | ProductAttention | None, lengths: torch.Tensor, longest: int) -> Iterator[None]:
+    """Inside, this thread's passes of one token per row attend by `attention`: `lengths` (int32, on the device) tells how
+    many tokens each row has, the new one included, and `longest` bounds them. The kernel does not look at masks, so they
+    must say the same. With None for `attention` nothing changes."""
+    before = getattr(_local, "attend", None)
+    _local.attend = None if attention is None else partial(attention.attend, lengths=lengths, longest=longest)
     try:
         yield
     finally:
-        _local.step = before
+        _local.attend = before
 
 
 def decode_attention_forward(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, *, scaling: float | None = None, dropout: float = 0.0, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: the kernel inside `decoding` where it fits, torch's SDPA elsewhere."""
-    step = getattr(_local, "step", None)
-    if step is not None and query.shape[2] == 1 and not dropout and all(kwargs.get(name) is None for name in _UNKNOWN):
-        attention, lengths, longest = step
-        single, window = query[:, :, 0], kwargs.get("sliding_window")
-        fits = key.shape[2] <= longest and (key.shape[2] == longest or (window is not None and window <= key.shape[2]))
-        if fits and len(lengths) == len(query) and attention.takes(single, key, value):
-            return attention(single, key, value, lengths, longest=longest, scale=scaling, window=window).unsqueeze(1), None
+    """transformers' attention function: inside `decoding` what it names where that fits, torch's SDPA elsewhere."""
+    attend = getattr(_local, "attend", None)
+    if attend is not None and query.shape[2] == 1 and not dropout and all(kwargs.get(name) is None for name in _UNKNOWN):
+        ours = attend(query[:, :, 0], key, value, attention_mask, scale=scaling, window=kwargs.get("sliding_window"))
+        if ours is not None:
+            return ours.unsqueeze(1), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -184,15 +224,34 @@ def decode_attention_forward(
 def use_decode_attention(model: Any, device: Device) -> DecodeAttention:
     """Switches a model on `device` to this attention and returns its kernel, for `decoding`. Raises UnsupportedError, and
     changes nothing, for a model that does not run on torch's SDPA now, and as `DecodeAttention` does."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    if not _runs_on_sdpa(model):
+        raise UnsupportedError(f"{type(model).__name__} runs on {model.config._attn_implementation} attention; only one that runs on torch's SDPA can be switched")
+    attention = DecodeAttention(device, AttentionShape.of_config(model.config, str(model.dtype)))
+    _switch(model)
+    return attention
+
+
+def use_product_attention(model: Any) -> ProductAttention | None:
+    """Switches a model in float16 or bfloat16 on a CPU, for `decoding`; None, and nothing changed, for any other and for one
+    that does not run on torch's SDPA now."""
+    half = str(model.dtype) in ("torch.float16", "torch.bfloat16")
+    if not half or model.device.type != "cpu" or not _runs_on_sdpa(model):
+        return None
+    _switch(model)
+    return ProductAttention()
+
+
+def _runs_on_sdpa(model: Any) -> bool:
+    from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return model.config._attn_implementation in ("sdpa", NAME) and AttentionInterface().get("sdpa") is sdpa_attention_forward
+
+
+def _switch(model: Any) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    now = model.config._attn_implementation
-    if now not in ("sdpa", NAME) or AttentionInterface().get("sdpa") is not sdpa_attention_forward:
-        raise UnsupportedError(f"{type(model).__name__} runs on {now} attention; only one that runs on torch's SDPA can be switched")
-    attention = DecodeAttention(device, AttentionShape.of_config(model.config, str(model.dtype)))
     AttentionInterface.register(NAME, decode_attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
-    return attention

@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-_GRAIN = 64
-"""Capacity is a multiple of this, which keeps every row of every head aligned to a cache line."""
+from sllm_mini.inference.attention import GRAIN
 
 
 class _Pass:
     """Which rows the next forward pass works on, and how far they are filled. `index` is None where all hold `past`."""
 
     def __init__(self) -> None:
-        self.row, self.count, self.past = 0, 1, 0
+        self.row, self.count, self.past, self.seen = 0, 1, 0, 0
         self.index: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None
         self.packed = False
@@ -76,7 +75,7 @@ class SlotLayer(DynamicLayer):
             keys[here.rows, :, here.index] = key_states[:, :, 0]
             values[here.rows, :, here.index] = value_states[:, :, 0]
             start = 0
-        self.length = end
+        self.length, end = end, max(end, here.seen)
         return keys.narrow(2, start, end - start), values.narrow(2, start, end - start)
 
     def _start(self) -> int:
@@ -150,7 +149,7 @@ class SlotCache(Cache):
         if slots <= self.slots and tokens <= self.capacity:
             return
         slots = self.slots if slots <= self.slots else max(slots, 2 * self.slots)
-        capacity = self.capacity if tokens <= self.capacity else -(-max(tokens, 2 * self.capacity) // _GRAIN) * _GRAIN
+        capacity = self.capacity if tokens <= self.capacity else -(-max(tokens, 2 * self.capacity) // GRAIN) * GRAIN
         with torch.inference_mode():
             for layer in self._layers:
                 layer.resize(slots, capacity, len(self.lengths), max(self.lengths, default=0))
@@ -198,13 +197,16 @@ class SlotCache(Cache):
 
     # --- passes -----------------------------------------------------------------------------------------------------
 
-    def start_pass(self, row: int, count: int, ntokens: int, rows: torch.Tensor | None = None, index: torch.Tensor | None = None) -> None:
+    def start_pass(
+        self, row: int, count: int, ntokens: int, rows: torch.Tensor | None = None, index: torch.Tensor | None = None, *, seen: int = 0
+    ) -> None:
         """The next pass brings `ntokens` to each of `count` rows from `row` on. Rows of unlike lengths take one token each,
-        and need `index`, int64 `[count]`: where each of them is written; `rows` is `[0, …, count - 1]`."""
+        and need `index`, int64 `[count]`: where each of them is written; `rows` is `[0, …, count - 1]`. They attend to at
+        least `seen` tokens, of which a mask hides those that no row has; at most to the next multiple of `GRAIN`."""
         past = max(self.lengths[row : row + count])
         self._reserve(0, past + ntokens)
         here = self._pass
-        here.row, here.count, here.past, here.rows, here.index = row, count, past, rows, index
+        here.row, here.count, here.past, here.rows, here.index, here.seen = row, count, past, rows, index, seen
         here.packed, here.slots, here.capacity = False, self.slots, self.capacity
         for layer in self._layers:
             layer.length = past
@@ -214,7 +216,7 @@ class SlotCache(Cache):
         `index[i]` (int64 `[sum(lengths)]`). They attend to what the pass itself brings."""
         self._reserve(0, max(lengths))
         here = self._pass
-        here.row, here.count, here.past, here.rows, here.index = 0, 1, 0, rows, index
+        here.row, here.count, here.past, here.rows, here.index, here.seen = 0, 1, 0, rows, index, 0
         here.packed, here.slots, here.capacity = True, self.slots, self.capacity
         for layer in self._layers:
             layer.length = 0

@@ -15,13 +15,14 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from sllm_mini.errors import ModelError
+from sllm_mini.inference.attention import use_product_attention
 from sllm_mini.inference.masks import Masks
 
 if TYPE_CHECKING:
     import torch
 
     from sllm_mini.device.base import Device
-    from sllm_mini.inference.attention import DecodeAttention
+    from sllm_mini.inference.attention import DecodeAttention, ProductAttention
     from sllm_mini.inference.kv import SlotCache
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -52,8 +53,8 @@ class Runner:
         self.eos_ids = _as_ids(generation.eos_token_id)
         self.bos_id = next(iter(_as_ids(getattr(generation, "bos_token_id", None))), None)
         self.dtype: torch.dtype = embedding.weight.dtype
-        self._attention: DecodeAttention | None = None
-        self._masks = Masks(model, self.windows, self.dtype)
+        self._attention: DecodeAttention | ProductAttention | None = use_product_attention(model)
+        self._masks = Masks(model, self.windows, self.dtype, own_attention=self._attention is not None)
         self._can_batch: bool | None = None
         self._positions: torch.Tensor | None = None
         self._cache_proven = False
@@ -168,10 +169,11 @@ class Runner:
                 positions, mask = self._upto(longest + 1)[:, longest:].expand(count, 1), None
             else:
                 index = torch.tensor(lengths).to(self.device, non_blocking=True)
-                counting = self._upto(max(longest + 1, count))
-                cache.start_pass(0, count, 1, counting[0, :count], index)
+                seen = self._attention.seen(longest + 1) if self._attention is not None else longest + 1
+                counting = self._upto(max(seen, count))
+                cache.start_pass(0, count, 1, counting[0, :count], index, seen=seen)
                 positions = index.unsqueeze(1)
-                mask = self._masks.of(counting[:, None, None, : longest + 1], positions[:, None, None])
+                mask = self._masks.of(counting[:, None, None, :seen], positions[:, None, None])
             with self._attending(positions, longest + 1):
                 logits = self._forward(token_ids, cache, positions, longest + 1, mask)
         cache.end_pass(0, count, 1)

@@ -1,7 +1,8 @@
 """`bench decode` as one call: several ways to answer the same requests, interleaved. Call from one thread. Shown in chapter 07.
 
-Models are resident and each way has answered once before anything is timed. In each round every workload is answered once
-by every way, in a shuffled order that a seed fixes. Costs the model's memory once per way.
+Each way has a process of its own (see `process`); models are resident and each way has answered once before anything is
+timed. In each round every workload is answered once by every way, in a shuffled order that a seed fixes, and never two at
+a time. Costs the model's memory once per way and once here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from sllm_mini.device import get_device
 from sllm_mini.errors import CheckpointError
 from sllm_mini.lab.bench.checksum import sum_tensors
 from sllm_mini.lab.decode.document import OURS, assemble
-from sllm_mini.lab.decode.variants import VARIANTS, Answers, Variant, opened
+from sllm_mini.lab.decode.process import WayProcess
+from sllm_mini.lab.decode.variants import VARIANTS, Answers, Variant
 from sllm_mini.lab.decode.workload import workloads
 from sllm_mini.lab.models import workspace
 from sllm_mini.lab.overlap.measure import prepared_checkpoint
@@ -88,7 +90,7 @@ def measure_decode(
             "method": {
                 "device": options.device, "dtype": computed_dtype(checkpoint, options), "rounds": options.rounds, "batches": list(options.batches), "prompt_tokens": options.prompt_tokens,
                 "new_tokens": options.new_tokens, "seed": options.seed, "sampling": "greedy, past every end of text",
-                "not_timed": "the load, and one answer of each way to each workload",
+                "not_timed": "the load, and one answer of each way to each workload", "processes": "one for each way, one answering at a time",
             },
         }  # fmt: skip
         return _run(checkpoint, options, facts, say)
@@ -115,35 +117,31 @@ def _run(checkpoint: Checkpoint, options: Options, facts: dict[str, Any], say: C
     import torch
 
     loads = workloads(options.batches, options.prompt_tokens, options.new_tokens, options.seed)
-    largest = max(loads, key=lambda load: len(load.requests) * load.new_tokens)
     device = get_device(options.device)
     there: Sequence[Variant] = [variant for variant in VARIANTS if variant != "own kernel" or not device.is_host]
     chosen: Sequence[Variant] = [variant for variant in there if variant == OURS or variant in (options.only or there)]
     dtype = facts["method"]["dtype"]
     with ExitStack() as stack:
-        runs = {}
+        runs: dict[Variant, WayProcess] = {}
         for variant in chosen:
             say(f"loading for {variant}")
-            runs[variant] = stack.enter_context(opened(variant, checkpoint, options.device, dtype, largest))
+            runs[variant] = stack.enter_context(WayProcess(variant, str(checkpoint.path), options.device, dtype, loads))
+            runs[variant].ready()
         weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_tensors(checkpoint, options.device).items()}
         sum_tensors(weights.values())  # untimed: the first starts threads and touches pages
         first: dict[tuple[str, Variant], Answers] = {}
-        for load in loads:
+        for number, load in enumerate(loads):
             for variant in chosen:
                 say(f"a first answer, untimed: {variant}, {load.name}")
-                first[load.name, variant] = runs[variant](load)
+                first[load.name, variant] = runs[variant](number)[1]
         samples: dict[tuple[str, Variant], list[float]] = {key: [] for key in first}
         reads: list[float] = []
-        by_name = {load.name: load for load in loads}
+        numbers = {load.name: number for number, load in enumerate(loads)}
         generator = random.Random(options.seed)
         for number in range(options.rounds):
             for name, variant in generator.sample(list(samples), len(samples)):
                 say(f"round {number + 1} of {options.rounds}: {variant}, {name}")
-                device.synchronize()
-                started = time.monotonic()
-                runs[variant](by_name[name])
-                device.synchronize()
-                samples[name, variant].append(time.monotonic() - started)
+                samples[name, variant].append(runs[variant](numbers[name])[0])
             for _ in range(_READS):
                 started = time.monotonic()
                 sum_tensors(weights.values())

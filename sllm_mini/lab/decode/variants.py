@@ -1,7 +1,6 @@
 """Ways to answer the same requests with the same model, each as a call that can be timed. Shown in chapter 07.
 
-Greedy, past every end-of-text token, no tokenizer. Each variant has a model object of its own, since transformers'
-continuous batching changes the attention of the one it is given; all read the same checkpoint.
+Greedy, past every end-of-text token, no tokenizer. Each variant loads the same checkpoint for itself.
 """
 
 from __future__ import annotations
