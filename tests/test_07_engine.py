@@ -292,13 +292,14 @@ def test_those_who_wait_come_in_order_when_a_slot_is_free() -> None:
 
 
 def test_memory_that_is_kept_is_not_given_back_nor_got_again() -> None:
-    engine = Engine(tiny("Llama"))
-    engine.kv.keep(4, 96)
+    engine = Engine(tiny("Llama"), max_batch=4, kv_tokens=4 * 96)
     engine.complete([5], max_new_tokens=3)
     memory = engine.kv.layers[0].keys
     assert memory.shape[0] == 4 and memory.shape[2] == 128 and engine.kv.nbytes == 4 * 128 * engine.kv_nbytes_per_token
     engine.complete([5] * 60, max_new_tokens=30)
     assert engine.kv.layers[0].keys is memory
+    with pytest.raises(ValueError, match="kv_tokens is -1"):
+        Engine(tiny("Llama"), kv_tokens=-1)
 
 
 # --- what ends a request -----------------------------------------------------------------------------------------

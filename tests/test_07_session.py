@@ -388,10 +388,11 @@ def test_others_step_between_the_chunks_of_a_guest() -> None:
     engine = Engine(tiny("Llama", max_position_embeddings=2048))
     generation = engine.submit([5], max_new_tokens=1500, stop_at_eos=False)
     engine.step()
-    stop, lengths = threading.Event(), []
+    stop, stepping, lengths = threading.Event(), threading.Event(), []
 
     def absorb() -> None:
         engine.prepare(Session("g", "", tuple([5] * 1000), 1000, 2))
+        assert stepping.wait(20)
         for _ in range(3):
             before = len(generation.token_ids)
             engine.absorb("g", [7] * 640)  # five chunks
@@ -400,7 +401,7 @@ def test_others_step_between_the_chunks_of_a_guest() -> None:
 
     def step() -> None:
         while not stop.is_set() and engine.step():
-            pass
+            stepping.set()
 
     in_threads(absorb, step)
     assert min(lengths) >= 3 and engine.kv_length("g") == 1920

@@ -37,7 +37,8 @@ class Engine(Movable):
     other; `recorder` is what that load writes its waits into, so that a request's timings tell them from its prefill. Raises ModelError for a model it cannot run exactly (see `Runner`). Safe from several threads: they take
     turns, and every step serves all requests; at most `max_batch` of them decode together, others wait. With
     `decode_kernel` decode steps attend by our own CUDA kernel instead of torch's (see `attention`): UnsupportedError
-    where there is no GPU or no kernel for the model.
+    where there is no GPU or no kernel for the model. `kv_tokens`: the first pass gets memory for so many tokens' keys and
+    values (see `warmup.pool_tokens`), the same share for each of `max_batch` rows, and keeps it; more is got where it is needed.
     """
 
     def __init__(
@@ -48,11 +49,16 @@ class Engine(Movable):
         max_batch: int = 8,
         name: str = "",
         decode_kernel: bool = False,
+        kv_tokens: int = 0,
         recorder: SpanRecorder | None = None,
     ) -> None:
         super().__init__(model, max_batch, name, None if tokenizer is None else TextDecoder(tokenizer))
         if decode_kernel:
             self.runner.use_decode_kernel(get_device(self.runner.device))
+        if kv_tokens < 0:
+            raise ValueError(f"kv_tokens is {kv_tokens}; give how many tokens' keys and values to keep memory for")
+        if kv_tokens:
+            self.kv.keep(max_batch, kv_tokens // max_batch)
         if recorder is not None:
             self._wait_clock = lambda: sum(span.seconds for span in list(recorder.spans) if span.lane == WAIT_LANE)
         self.tokenizer = tokenizer
@@ -69,6 +75,7 @@ class Engine(Movable):
         recorder: SpanRecorder | None = None,
         max_batch: int = 8,
         decode_kernel: bool = False,
+        kv_tokens: int = 0,
     ) -> Engine:
         """An engine for a checkpoint of ours, on `device`, named after the digest of its index; without tokenizer files,
         prompts are token ids.
@@ -88,12 +95,12 @@ class Engine(Movable):
         with recorder.span("tokenizer", warmth=Warmth.DRAM) if recorder is not None else nullcontext():
             tokenizer = load_tokenizer(checkpoint)
         if not overlap:
-            return cls(load_model(checkpoint, device, verify=verify, recorder=recorder), tokenizer, max_batch=max_batch, name=name, decode_kernel=decode_kernel)
+            return cls(load_model(checkpoint, device, verify=verify, recorder=recorder), tokenizer, max_batch=max_batch, name=name, decode_kernel=decode_kernel, kv_tokens=kv_tokens)
         recorder = recorder or SpanRecorder()
         loading = start_load(checkpoint, device, verify=verify, recorder=recorder)
         try:
             streamed = stream_model(loading, recorder=recorder)
-            engine = cls(streamed.model, tokenizer, max_batch=max_batch, name=name, decode_kernel=decode_kernel, recorder=recorder)
+            engine = cls(streamed.model, tokenizer, max_batch=max_batch, name=name, decode_kernel=decode_kernel, kv_tokens=kv_tokens, recorder=recorder)
         except BaseException:
             loading.cancel()
             raise

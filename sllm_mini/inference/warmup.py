@@ -83,7 +83,7 @@ class FoundProfile:
 
 
 def pool_tokens(profile: MemoryProfile, free_nbytes: int, *, share: float = 0.95) -> int:
-    """How many tokens' keys and values fit into `share` of the free memory beside a worst-case step.
+    """How many tokens' keys and values fit into `share` of the free memory beside a worst-case step: `kv_tokens` of an `Engine`.
 
     Pure. Raises OutOfMemoryError where not one sequence of the profile's length does, naming the figures.
     """
@@ -131,7 +131,7 @@ def read_profile(path: str | os.PathLike[str], key: ProfileKey) -> MemoryProfile
     if own != key:
         wanted, found = asdict(key), asdict(own)
         differ = "; ".join(f"{name} {found[name]} instead of {wanted[name]}" for name in wanted if wanted[name] != found[name])
-        raise ModelError(f"{os.fspath(path)} is the profile of something else ({differ}); it is measured again")
+        raise ModelError(f"{os.fspath(path)} is the profile of something else ({differ}); it has to be measured anew")
     return profile
 
 
