@@ -442,6 +442,7 @@ class World:
                 stale += [m.RequestFinished(request, 1, 1.0, epoch - 1), m.RequestFailed(request, epoch - 1), m.MigrationFinished(request, 1.0, 1, epoch - 1)]
         for id, each in list(self.processes.items())[:3]:
             stale += [m.InstanceReached(id, Tier.DISK, 1.0, 0.0, each.epoch - 1), m.InstanceFailed(id, "late", each.epoch - 1)]
+        self.controller.cluster.advance(self.now)  # what was to be loaded by now is known to be
         before = self.controller.snapshot()
         event = self.random.choice(stale)
         assert self.handle(event) == [], f"{event} is late, yet something followed"
@@ -485,7 +486,7 @@ def recount(controller: Controller) -> None:
             assert each.timer is not None and controller.timers.pending[each.timer].at <= each.warm_until, f"nobody wakes instance {each.id} in time"
         assert each.draining == any(each.id in plan.leaving for plan in controller.plans.pending.values())
     resting = [timer.key for timer in controller.timers.pending.values() if timer.wake == 0]
-    assert sorted(resting) == sorted(each.id for each in everyone if each.timer is not None), "one timer for each instance"  # type: ignore[type-var]
+    assert sorted(resting) == sorted(each.id for each in everyone if each.timer is not None), "one timer for each instance"
     order = [each.id for each in sorted(idle, key=lambda each: (each.rank, each.id))]
     for name, node in cluster.nodes.items():
         here = [each for each in everyone if each.node == name]
@@ -505,7 +506,7 @@ def recount(controller: Controller) -> None:
             assert sorted(each.id for each in found) == asleep and found == sorted(found, key=lambda each: -each.warmth)
     for devices in range(5):
         open_nodes = [each for each in cluster.nodes.values() if len(each.free_devices) + each.idle_devices >= devices]
-        assert list(cluster.open_nodes(devices)) == sorted(open_nodes, key=lambda each: (each.loads_until, each.spec.name))
+        assert list(cluster.open_nodes(devices)) == sorted(open_nodes, key=lambda each: (each.loads_until, len(each.free_devices) < devices, each.spec.name))
     waiting: dict[Any, list[str]] = {}
     for name, model in cluster.models.items():
         mine = [each for each in everyone if each.model == name]
@@ -530,4 +531,13 @@ def recount(controller: Controller) -> None:
     for each in everyone:
         coming = [r for r in cluster.requests.values() if r.target == each.id]
         assert sorted(each.incoming) == sorted(r.id for r in coming)
+    for name, node in cluster.nodes.items():
+        linked = [each.id for each in everyone if name in each.links]
+        assert set(node.loading) <= set(linked) and all(cluster.instances[id].climbing for id in linked), "who has come, or never will, keeps a link busy"
+        assert node.loads_until == 0 or (node.loading and node.loads_until > controller.now)
+    sizes = [(each.spec.devices, each.spec.dram_nbytes) for each in cluster.nodes.values()]
+    assert all(cluster.holds(*size) for size in sizes) and set(cluster.largest) <= set(sizes)
+    assert all(not (one[0] <= other[0] and one[1] <= other[1]) for one in cluster.largest for other in cluster.largest if one is not other)
     assert cluster.prewarming == {each.id: each for each in everyone if each.climbing and each.target < Warmth.DRAM}
+    rates = [min(each.spec.remote_bytes_per_second, each.spec.disk_bytes_per_second) for each in cluster.nodes.values()]
+    assert cluster.slowest == min(rates, default=float("inf"))

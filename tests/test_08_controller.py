@@ -463,6 +463,8 @@ def test_prewarming_has_one_timer_and_happens_where_nothing_is_warm() -> None:
 
 def test_a_prewarmed_runtime_needs_memory_alone() -> None:
     hand = Hand(nodes=(0,), keep=Keep(None))
+    hand(m.NodeJoined(m.NodeSpec(name="n2", devices=1, dram_nbytes=10 * GB, remote_bytes_per_second=GB, disk_bytes_per_second=GB, dram_bytes_per_second=GB)))
+    hand.placement.plans = [None]
     hand.keep.prewarms = [Prewarm(1.0, "a", RUNTIME), Prewarm(2.0, "a", PROCESS)]
     hand.arrive(0)
     assert hand(m.TimerFired(0), 1.0) == [m.Start(0, "n0", "a", COLD, RUNTIME, Tier.REMOTE, (), 1)]
@@ -493,7 +495,7 @@ def test_loads_queue_behind_one_another() -> None:
     hand.reach(0)
     hand.now = 4.0
     hand.reach(1)
-    assert node.loads_until == 4.0, "nothing climbs any more, so nothing is loaded"
+    assert node.loads_until == 0.0, "nothing climbs any more, so nothing is loaded"
 
 
 def test_what_was_observed_is_told_to_the_estimator() -> None:
@@ -510,8 +512,8 @@ def test_what_was_observed_is_told_to_the_estimator() -> None:
         def migration(self, *args: Any) -> float:
             return 0.5
 
-        def observe_start(self, node: Any, model: Any, warmth: Any, tier: Any, *figures: Any) -> None:
-            self.seen.append((node.spec.name, model.spec.name, warmth, tier, *figures))
+        def observe_start(self, node: Any, spec: Any, warmth: Any, tier: Any, *figures: Any) -> None:
+            self.seen.append((node.spec.name, spec.name, warmth, tier, *figures))
 
         def observe_finished(self, request: Any, spec: Any, *figures: Any) -> None:
             self.seen.append((request.id, spec.name, *figures))
@@ -535,7 +537,7 @@ def test_what_was_observed_is_told_to_the_estimator() -> None:
     hand.reach(2)
     hand(m.MigrationFinished(0, 0.7, 4, 2))
     hand.finish(0)
-    assert estimates.seen == [("n0", "a", COLD, Tier.REMOTE, 8.0, 0.0, 9.0, 1), ("n1", "a", COLD, Tier.REMOTE, 8.0, 0.0, 9.0, 1), (0, 4, 0.7, 0.5), (0, "a", 5, 1.0)]
+    assert estimates.seen == [("n0", "a", COLD, Tier.REMOTE, 8.0, 0.0, 9.0, 1, None), ("n1", "a", COLD, Tier.REMOTE, 8.0, 0.0, 9.0, 1, None), (0, 4, 0.7, 0.5), (0, "a", 5, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -624,3 +626,215 @@ def test_held_memory_by_warmth() -> None:
     function = m.ModelSpec(name="a", nbytes=100, process_nbytes=1, runtime_nbytes=10, devices=0)
     assert [held_nbytes(on_device, each) for each in Warmth] == [0, 1, 11, 111, 11, 11]
     assert [held_nbytes(function, each) for each in Warmth] == [0, 1, 11, 111, 111, 111]
+
+
+# What a review found
+
+
+def test_who_has_been_idle_longest_gives_way_first_also_after_it_descended() -> None:
+    hand = Hand(nodes=(2,), models="ab", keep=Keep(5.0, DRAM))
+    hand.arrive(0, "a")
+    hand.arrive(1, "b")
+    hand.reach(0)
+    hand.reach(1)
+    hand.finish(0, 10.0)
+    hand.finish(1, 12.0)
+    hand.keep.seconds = None
+    timer = next(timer for timer, what in hand.controller.timers.pending.items() if what.key == 0)
+    assert hand(m.TimerFired(timer), 15.0) == [m.Descend(0, DRAM, 2)]
+    assert hand.cluster.instances[0].idle_since == hand.cluster.instances[0].rank == 10.0
+    assert [each.id for each in hand.cluster.idle_instances("n0")] == [0, 1]
+
+
+def test_what_a_plan_that_was_given_up_had_kept_is_idle_since_before() -> None:
+    hand = Hand(nodes=(2, 1), models="ac", keep=Keep(None))
+    hand.deploy("b", devices=2)
+    hand.arrive(0, "a")
+    hand.placement.plans = [Plan("n0")]
+    hand.arrive(1, "c")
+    hand.reach(0)
+    hand.reach(1)
+    hand.finish(1, 3.0)
+    hand.placement.plans = [Plan("n0", give_way=(1,), moves=(Move(0, "n1"),)), None, None]
+    hand.arrive(2, "b", now=6.0)
+    hand(m.NodeLost("n1"), 7.0)
+    assert hand.cluster.instances[1].idle_since == 3.0
+
+
+def test_loads_that_fail_or_are_lost_leave_no_queue() -> None:
+    hand = Hand(nodes=(1, 1, 1))
+    hand.placement.plans = [Plan("n0", parts=("n0", "n1", "n2"))]
+    hand.arrive(0)
+    assert [node.loads_until > 2 for node in hand.cluster.nodes.values()] == [True] * 3
+    hand(m.NodeLost("n2"))
+    hand.join("n2", 1)
+    hand.placement.plans = [Plan("n2")]
+    hand.deploy("b")
+    hand.arrive(1, "b")
+    hand(m.InstanceFailed(0, "no memory", 1))
+    assert [node.loads_until > 0 for node in hand.cluster.nodes.values()] == [False, False, True], "its helper's link is free, another's load goes on"
+
+
+def test_a_load_that_should_be_over_is_no_queue() -> None:
+    hand = Hand(nodes=(2, 2), models="ab", process_nbytes=0)
+    hand.arrive(0)
+    assert [node.spec.name for node in hand.cluster.open_nodes(1)] == ["n1", "n0"]
+    hand(m.RequestArrived(9, "nobody", 1), 8.5)
+    assert [node.spec.name for node in hand.cluster.open_nodes(1)] == ["n0", "n1"], "late, so nobody knows when it is over"
+
+
+def test_pre_warming_keeps_to_max_instances_and_waits_for_a_model_that_fails() -> None:
+    hand = Hand(nodes=(4,), keep=Keep(None), max_instances=1)
+    hand.keep.prewarms = [Prewarm(1.0, "a", READY, 3), Prewarm(5.0, "a", DRAM, 3)]
+    hand.arrive(0)
+    hand.reach(0)
+    assert hand(m.TimerFired(0), 1.0) == [], "one there is at most, and it is busy"
+    hand.arrive(1)
+    timer = next(iter(hand.controller.timers.pending))
+    assert hand(m.TimerFired(timer), 5.0) == []
+    hand.deploy("a", max_instances=3)
+    hand.keep.prewarms = [Prewarm(6.0, "a", READY, 3)]
+    hand.arrive(2)
+    prewarm = next(timer for timer, what in hand.controller.timers.pending.items() if what.at == 6.0)
+    for id in list(hand.cluster.models["a"].starting):
+        hand(m.InstanceFailed(id, "no memory", 1))
+    assert hand.cluster.models["a"].held_back and hand(m.TimerFired(prewarm), 6.0) == []
+
+
+def test_fewer_least_instances_are_let_go_and_more_are_started() -> None:
+    hand = Hand(nodes=(3,), keep=Keep(5.0), min_instances=2)
+    hand.reach(0)
+    hand.reach(1)
+    assert not hand.controller.timers.pending
+    assert hand.deploy("a", min_instances=1) == [m.SetTimer(0, 5.0), m.SetTimer(1, 5.0)]
+    hand(m.TimerFired(0), 5.0)
+    hand(m.TimerFired(1), 5.0)
+    assert len(hand.cluster.models["a"].open) == 1
+    hand.controller.autoscaler.desired = lambda model, now: 0  # type: ignore[method-assign]
+    assert [each.target for each in hand.deploy("a", min_instances=3) if isinstance(each, m.Start)] == [READY, READY]
+    hand.deploy("a", min_instances=0)
+    for id in list(hand.cluster.models["a"].starting):
+        hand.reach(id)
+    while hand.controller.timers.pending:
+        hand(m.TimerFired(next(iter(hand.controller.timers.pending))), hand.now + 10.0)
+    assert not hand.cluster.instances
+
+
+def test_a_model_that_fits_no_node_is_refused_and_named() -> None:
+    hand = Hand(nodes=())
+    assert hand.arrive(0) == [], "nodes may come"
+    hand.deploy("wide", devices=4)
+    hand.arrive(1, "wide")
+    refusals = hand.join("n0", 1) + hand.join("n1", 0, gigabytes=900)
+    assert [(each.request, each.reason) for each in refusals if isinstance(each, m.Refuse)] == [
+        (1, "503: model wide needs 4 devices and 2,000,000,000 bytes of memory on one node, and the largest has 1 and 100,000,000,000; add a larger node")
+    ]
+    (refusal,) = hand.arrive(2, "wide")
+    assert isinstance(refusal, m.Refuse)
+    hand.join("n2", 4, gigabytes=1)
+    hand.deploy("function", devices=1, process_nbytes=500 * GB)
+    assert isinstance(hand.arrive(3, "function")[0], m.Refuse), "one has the devices, another the memory"
+    (start,) = hand.join("n3", 8) + hand.arrive(4, "wide")
+    assert isinstance(start, m.Start) and start.node == "n3"
+    hand.reach(start.instance)
+    hand.deploy("b", devices=8)
+    hand.arrive(5, "b")
+    lost = hand(m.NodeLost("n3"))
+    assert sorted(each.request for each in lost if isinstance(each, m.Refuse)) == [4, 5], "with the only node that is large enough goes the hope"
+
+
+def test_a_node_that_joins_anew_is_not_missed_in_between() -> None:
+    hand = Hand(nodes=(1,))
+    hand.join("large", 4)
+    hand.deploy("wide", devices=4)
+    hand.arrive(0, "wide")
+    hand.reach(0)
+    (start,) = hand.join("large", 4)
+    assert isinstance(start, m.Start) and hand.cluster.requests[0].instance is None
+
+
+def test_what_is_learned_of_a_deleted_model_is_forgotten_when_it_is_gone() -> None:
+    gone: list[str] = []
+
+    class Learning(Keep):
+        def on_delete(self, model: ModelState) -> None:
+            gone.append(model.spec.name)
+
+    hand = Hand(keep=Learning(None))
+    hand.keep.prewarms = [Prewarm(50.0, "a", READY)]
+    hand.arrive(0)
+    hand.reach(0)
+    hand(m.ModelDeleted("a"))
+    assert not gone, "it still runs"
+    hand.finish(0)
+    assert gone == ["a"] and not hand.controller.timers.pending and not hand.controller.warming.prewarms
+
+
+def test_an_early_request_cancels_what_was_to_be_there_for_it() -> None:
+    hand = Hand(keep=Keep(None))
+    hand.keep.prewarms = [Prewarm(9.0, "a", READY), Prewarm(2.0, "a", READY, 0), Prewarm(20.0, "a", READY, 0), Prewarm(30.0, "a", READY, 2)]
+    assert hand.arrive(0)[0] == m.SetTimer(0, 9.0)
+    hand.arrive(1, now=2.0)
+    assert hand(m.TimerFired(0), 9.0) == [] and not hand.controller.warming.prewarms
+    assert not any(isinstance(each, m.SetTimer) for each in hand.arrive(2, now=10.0)), "nothing is to be cancelled"
+    assert m.SetTimer(1, 30.0) in hand.arrive(3, now=11.0)
+
+
+def test_who_was_stopped_starts_where_there_is_plain_room() -> None:
+    class Rude(First):
+        def choose_harmless(self, model: ModelState, cluster: Cluster, now: float) -> Plan | None:
+            return Plan("n1") if model.spec.name == "a" and cluster.nodes["n1"].free_devices else None
+
+    hand = Hand(nodes=(1, 1), models="ab")
+    hand.controller.placement = hand.placement = Rude()
+    hand.controller._build(hand.controller.cluster)
+    hand.arrive(0)
+    hand.reach(0)
+    hand.placement.plans = [Plan("n0", preempted=(0,)), Plan("n0", preempted=(1,)), None, None]
+    actions = hand.arrive(1, "b")
+    assert [(each.model, each.node) for each in actions if isinstance(each, m.Start)] == [("b", "n0"), ("a", "n1")]
+
+
+def test_a_request_that_cannot_be_moved_is_not_moved_for_ever() -> None:
+    hand = Hand(nodes=(1, 1), models="ab", keep=Keep(0.0))
+    hand.arrive(0)
+    hand.reach(0)
+    tried = 0
+    hand.placement.plans = [Plan("n0", moves=(Move(0, "n1"),))]
+    hand.arrive(1, "b")
+    while hand.cluster.requests[0].failed_moves < 10:
+        target = next((each.id for each in hand.cluster.instances.values() if each.climbing and each.node == "n1"), None)
+        if target is None:
+            break
+        hand.reach(target)
+        hand.placement.plans = [Plan("n0", moves=(Move(0, "n1"),)), None, None, None]
+        hand(m.MigrationFailed(0, hand.cluster.requests[0].epoch))
+        hand.placement.plans = [] if hand.cluster.requests[0].failed_moves >= 3 else hand.placement.plans
+        tried += 1
+    assert tried == hand.cluster.requests[0].failed_moves == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ({"stay": Stay(float("nan"))}, "keeps instance 0 of a for nan s"),
+        ({"stay": Stay(-1.0)}, "keeps instance 0 of a for -1"),
+        ({"rank": float("nan")}, "ranks instance 0 of a as nan"),
+        ({"stay": Stay(1.0, COLD, Prewarm(float("nan"), "a", READY))}, "pre-warms 1 of a at nan"),
+        ({"on_arrival": [Prewarm(5.0, "a", READY, -2)]}, "pre-warms -2 of a"),
+        ({"on_arrival": [Prewarm(float("inf"), "a", READY)]}, "at inf"),
+        ({"desired": -1}, "desires -1 instances of a"),
+        ({"desired": 3}, "desires 3 instances of a; let it answer from 0 up to its max_instances, 2"),
+        ({"choose_node": Plan("nowhere")}, "no such node"),
+    ],
+)
+def test_an_answer_that_cannot_be_is_an_error_of_one_sentence(answer: dict[str, Any], problem: str) -> None:
+    hand = Hand(max_instances=2)
+    for name, value in answer.items():
+        part = next(each for each in (hand.keep, hand.controller.autoscaler, hand.placement) if hasattr(each, name))
+        setattr(part, name, lambda *_, value=value: value)
+    with pytest.raises(SllmError, match=problem) as raised:
+        hand.arrive(0)
+        hand.reach(0)
+        hand.finish(0)
+    assert "\n" not in str(raised.value) and raised.type is SllmError

@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 import sllm_mini
 from sllm_mini.cluster.simulated import (
+    MisfitWarning,
     RequestRow,
     SimulatedCluster,
     SimulationError,
@@ -27,6 +29,7 @@ from sllm_mini.cluster.simulated import (
     SimulationResult,
     even_cluster,
     make_policies,
+    misfits,
     move_rounds,
     simulate,
     write_chrome_trace,
@@ -37,11 +40,14 @@ from sllm_mini.cluster.simulated.store import SimulatedStore
 from sllm_mini.cluster.simulated.summary import Counters, exact_spread
 from sllm_mini.cluster.trace import Trace, TraceLabel, TraceRequest, write_trace
 from sllm_mini.control import messages as m
+from sllm_mini.control.cluster import Cluster
 from sllm_mini.control.controller import Controller
 from sllm_mini.control.estimate import Estimator
 from sllm_mini.control.keepalive import FixedKeepAlive
 from sllm_mini.control.oracles import erlang_c, setup_queue
+from sllm_mini.control.policy import Prewarm
 from sllm_mini.control.replay import replay
+from sllm_mini.control.state import ModelState
 from sllm_mini.errors import SllmError
 from sllm_mini.eviction import LFU, LRU, Policy, keep_prefix
 from sllm_mini.types import Tier, Warmth
@@ -239,6 +245,45 @@ def test_spans_of_an_instance_do_not_overlap_and_fill_its_device_seconds() -> No
     assert covered == pytest.approx(sum(result.account.gpu_seconds), rel=1e-6)
 
 
+def test_no_time_of_a_device_goes_undrawn_where_a_move_comes_to_nothing() -> None:
+    """Requests that end on their way leave their target held until then, which is a span of its own."""
+    from sllm_mini.lab.scheduling.worked import small_burst
+
+    result = small_burst("serverlessllm")
+    assert result.account.failed_migrations == sum(span.what == "held" for span in result.spans) > 0
+    covered = sum(len(span.devices) * (span.end - span.start) for span in result.spans)
+    assert covered == pytest.approx(sum(result.account.gpu_seconds), rel=1e-9)
+    assert any(span.what == "cut" and span.end == result.seconds for span in result.spans), "and a start goes on when the run ends"
+    assert max(span.end for span in result.spans) == result.seconds
+
+
+class WarmsOnce(FixedKeepAlive):
+    """One more instance at second 10, which goes after `seconds` without a request."""
+
+    def on_deploy(self, model: ModelState, cluster: Cluster, now: float) -> Sequence[Prewarm]:
+        return [Prewarm(10.0, model.spec.name, Warmth.READY)]
+
+
+def test_a_climb_that_nothing_used_is_wasted() -> None:
+    """A pre-warm from second 10 to 15, and 3 idle seconds: wasted altogether where no request came in time."""
+    spec = model(devices=1, process_seconds=5.0, process_nbytes=10**6)
+
+    def after(seconds: float) -> SimulationResult:
+        requests = [TraceRequest(seconds, "m", 0, 0, None, 1.0)]
+        return simulate(requests, even_cluster(1, devices=1), [spec], keep_alive=WarmsOnce(3.0), autoscaler="per-request", options=SimulationOptions(until=60.0))
+
+    used, unused = after(16.0).account, after(40.0).account
+    assert (used.unused_climb_gpu_seconds, used.unused_climb_byte_seconds) == (0.0, 0.0)
+    assert used.wasted_gpu_seconds == used.idle_gpu_seconds == pytest.approx(1.0 + 3.0)
+    assert unused.unused_climb_gpu_seconds == pytest.approx(5.0)
+    assert unused.wasted_gpu_seconds == pytest.approx(5.0 + 3.0 + 3.0)
+    assert unused.wasted_mb_seconds == pytest.approx(5.0 + 3.0 + 3.0)
+    cut = simulate([TraceRequest(0.0, "m", 0, 0, None, 1.0)], even_cluster(1, devices=2), [spec], keep_alive=WarmsOnce(3.0), options=SimulationOptions(until=12.0))
+    assert cut.account.unused_climb_gpu_seconds == pytest.approx(2.0), "a climb that the end of the run cut off was used by nobody"
+    totals = after(40.0).totals()
+    assert (totals["gpu_seconds_unused_climbs"], totals["mb_seconds_unused_climbs"]) == (pytest.approx(5.0), pytest.approx(5.0))
+
+
 # Closed form
 
 
@@ -406,16 +451,119 @@ def test_a_policy_that_nobody_has_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"links": "bus"}, {"keep": "rows"}, {"store_dram_nbytes": -1}, {"jitter": -0.1}, {"batch_slowdown": math.nan}, {"patience_seconds": 0.0}, {"eviction": keep_prefix(LRU)}]
+    "wrong", [
+        {"links": "bus"}, {"keep": "rows"}, {"store_dram_nbytes": -1}, {"store_disk_nbytes": 1e9}, {"jitter": -0.1}, {"jitter": "much"}, {"batch_slowdown": math.nan},
+        {"patience_seconds": 0.0}, {"until": math.inf}, {"move_gap_tokens": 2.5}, {"seed": -1}, {"eviction": "lru"}, {"eviction": keep_prefix(LRU)},
+    ]
 )  # fmt: skip
 def test_options_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):
+    (field,) = wrong
+    with pytest.raises(m.SpecError, match=field):
         SimulationOptions(**wrong)
 
 
+NODE: dict[str, Any] = {"name": "n", "devices": 1, "dram_nbytes": 1, "remote_bytes_per_second": 1.0, "disk_bytes_per_second": 1.0, "dram_bytes_per_second": 1.0}
+
+
+@pytest.mark.parametrize(
+    "wrong", [
+        {"nbytes": -1}, {"nbytes": 14e9}, {"nbytes": math.inf}, {"devices": -1}, {"concurrency": 0}, {"concurrency": "8"}, {"min_instances": -1}, {"max_instances": 0},
+        {"process_nbytes": -1}, {"runtime_nbytes": math.nan}, {"ready_seconds": math.nan}, {"process_seconds": math.inf}, {"runtime_seconds": -0.1},
+        {"decode_seconds_per_token": "0.1"}, {"prefill_seconds_per_token": True}, {"runtime": ""}, {"name": ""}, {"name": 3}, {"name": " a"},
+    ]
+)  # fmt: skip
+def test_a_model_that_cannot_be_is_refused_in_one_sentence(wrong: dict[str, Any]) -> None:
+    (field,) = wrong
+    with pytest.raises(m.SpecError, match=rf"{field} .*; (give|name)"):
+        m.ModelSpec(**dict[str, Any](name="m", nbytes=1) | wrong)
+    with pytest.raises(SllmError, match="min_instances no larger than max_instances"):
+        model(min_instances=3, max_instances=2)
+
+
+def test_a_field_that_nobody_has_is_refused_wherever_specs_are_read() -> None:
+    import msgspec
+
+    kinds: list[tuple[type[m.NodeSpec | m.ModelSpec], dict[str, Any]]] = [(m.NodeSpec, NODE), (m.ModelSpec, {"name": "m", "nbytes": 1})]
+    for kind, fields in kinds:
+        assert msgspec.convert(fields, kind).name == fields["name"]
+        with pytest.raises(msgspec.ValidationError, match="unknown field `colour`"):
+            msgspec.json.decode(json.dumps(fields | {"colour": 1}), type=kind)
+
+
+@pytest.mark.parametrize(
+    "wrong", [
+        {"devices": -1}, {"dram_nbytes": -1}, {"dram_nbytes": 1e9}, {"remote_bytes_per_second": 0.0}, {"disk_bytes_per_second": math.nan}, {"dram_bytes_per_second": math.inf},
+        {"disk_bytes_per_second": -1.0}, {"disk_bytes_per_second": "fast"}, {"disk": "m"}, {"disk": ["m"]}, {"disk": ("m", 3)}, {"name": ""},
+    ]
+)  # fmt: skip
+def test_a_node_that_cannot_be_is_refused_in_one_sentence(wrong: dict[str, Any]) -> None:
+    (field,) = wrong
+    with pytest.raises(m.SpecError, match=rf"{field} .*; (give|name)"):
+        m.NodeSpec(**NODE | wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"nodes": 4}, "the nodes are 4; give a list of NodeSpec"),
+        ({"trace": None}, "the requests are None; give a list of TraceRequest"),
+        ({"events": 3}, "the events are 3; give a list of pairs"),
+        ({"nodes": [*even_cluster(1), *even_cluster(2)]}, "two nodes are named 'node-0000'"),
+        ({"models": [model(), model()]}, "two models are named 'm'"),
+        ({"models": [{"name": "m"}]}, "model 1 is .*; give a ModelSpec"),
+        ({"trace": [(0.0, "m", 1, 1)]}, "request 0 of the trace is .*; give a TraceRequest"),
+        ({"trace": [TraceRequest(math.nan, "m", 1, 1)]}, "request 0 of the trace is .* 0 or more"),
+        ({"trace": [TraceRequest(0.0, "m", -1, 1)]}, "request 0 of the trace is .* 0 or more"),
+        ({"trace": [TraceRequest(0.0, "m", 0, 0, None, math.inf)]}, "request 0 of the trace runs for inf s"),
+        ({"events": [m.NodeLost("node-0000")]}, "give pairs of a second"),
+        ({"options": {"links": "node"}}, "give SimulationOptions"),
+        ({"placement": 3}, r"the placement policy is 3, which has no choose_instance; give a name \(random"),
+        ({"keep_alive": FixedKeepAlive}, "the keep-alive policy is .*, a class; give a name"),
+    ],
+)
+def test_arguments_of_another_kind_are_told_in_one_sentence(wrong: dict[str, Any], words: str) -> None:
+    arguments = {"trace": [], "nodes": even_cluster(1), "models": [model()], **wrong}
+    with pytest.raises(SllmError, match=words):
+        simulate(arguments.pop("trace"), arguments.pop("nodes"), arguments.pop("models"), **arguments)
+    for nodes in (0, -1, 2.0):
+        with pytest.raises(m.SpecError, match="a whole number of 1 or more"):
+            even_cluster(nodes)
+    with pytest.raises(m.SpecError, match="a list of names"):
+        even_cluster(1, disk="m")
+
+
+def test_a_model_that_fits_nowhere_is_told_before_the_run() -> None:
+    """By devices, by memory, and by both where no one node has both; what comes later by an event counts."""
+    nodes = [m.NodeSpec(**NODE | {"name": "many", "devices": 4, "dram_nbytes": 10}), m.NodeSpec(**NODE | {"name": "much", "devices": 1, "dram_nbytes": 90})]
+    models = [
+        model("a", devices=8), model("b", process_nbytes=100), model("c", devices=2, process_nbytes=50), model("d", devices=2, process_nbytes=50),
+        model("e", devices=4, process_nbytes=10), model("f", devices=0, nbytes=90), model("g", devices=0, nbytes=91),
+    ]  # fmt: skip
+    said = misfits(nodes, models)
+    assert [words.split(" need")[0] for words in said] == ["the model a", "the model b", "the models c, d", "the model g"]
+    assert said[0] == "the model a needs 8 devices and 0 bytes of host memory on one node, and the largest, many, has 4 and 10; give a larger node or a smaller model"
+    assert misfits(nodes, [model(str(number), devices=9) for number in range(5)])[0].startswith("the models 0, 1, 2 and 2 more need 9 devices")
+    assert misfits([], models) == ["there is no node, so no model can start; give at least one"]
+    with pytest.warns(MisfitWarning, match="the model m needs 2 devices"):
+        simulate([], even_cluster(1, devices=1), [model(devices=2)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simulate([], even_cluster(1, devices=1), [model(devices=2)], events=[(1.0, m.NodeJoined(m.NodeSpec(**NODE | {"devices": 2})))])
+
+
 def test_requests_that_nothing_happens_to_are_unanswered() -> None:
-    result = simulate([TraceRequest(0.0, "m", 1, 1)], even_cluster(1, devices=1), [model(devices=2)], autoscaler="knative")
+    """The only device belongs to another model, which always has an instance."""
+    result = simulate([TraceRequest(1.0, "b", 1, 1)], even_cluster(1, devices=1), [model("a", min_instances=1), model("b")], placement="availability")
     assert (result.answered, result.unanswered) == (0, 1)
+
+
+def test_totals_have_the_same_keys_whatever_was_answered() -> None:
+    nothing, busily = simulate([], even_cluster(1), [model()]).totals(), busy().totals()
+    assert nothing.keys() == busily.keys()
+    assert nothing["first_token_seconds_p99"] is nothing["cold_fraction"] is nothing["events_per_request"] is None and nothing["answered"] == 0
+    assert None not in busily.values()
+    refused = simulate([TraceRequest(0.0, "m", 1, 1), TraceRequest(1.0, "m", 1, 1)], even_cluster(1), [model()], events=[(0.5, m.ModelDeleted("m"))]).to_dict()
+    assert [set(row) for row in refused["models"]] == [set(row) for row in busy().to_dict()["models"][:1]] and json.dumps(refused, allow_nan=False)
 
 
 def test_a_model_that_nobody_has_is_refused() -> None:
@@ -511,7 +659,7 @@ def test_a_trace_is_simulated_from_the_command_line(run: RunCommand, trace_file:
     (result,) = ended.document["runs"]
     assert result["policies"] == {"placement": "serverlessllm", "keep_alive": "rainbowcake", "autoscaler": "per-request"}
     assert result["totals"]["arrived"] == 60 == result["totals"]["answered"]
-    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == result["totals"]["events"]
+    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == result["totals"]["events"] + 1  # the header
     assert json.loads((tmp_path / "run.json").read_text())["traceEvents"]
 
 
@@ -537,14 +685,126 @@ def test_own_models_and_nodes_are_read_from_files(run: RunCommand, trace_file: P
     assert [node["devices"] for node in document["nodes"]] == [3, 3]
     models.write_text('[{"nbytes": 3}]')
     ended = run("simulate", trace_file, "--models", models, "--json")
-    assert (ended.code, ended.out) == (1, "") and "is no JSON list of models" in ended.error["message"]
+    assert (ended.code, ended.out) == (1, "") and "model 1 is wrong: Object missing required field `name`" in ended.error["message"]
 
 
-def test_wrong_usage_is_told_before_anything_runs(run: RunCommand, trace_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "text", "words"),
+    [
+        ("--models", "[", "it is no JSON list of models"),
+        ("--models", '{"name": "m"}', "it is no JSON list of models"),
+        ("--models", "[]", "one at least"),
+        ("--models", "[3]", "model 1 is no object"),
+        ("--models", '[{"name": "m", "nbyte": 3}]', "model 1 has the field 'nbyte', which ModelSpec has not; did you mean nbytes?"),
+        ("--models", '[{"name": "m", "nbytes": 3, "colour": 1}]', "its fields are name, nbytes"),
+        ("--models", '[{"name": "m", "nbytes": 3}, {"name": "m", "nbytes": 4}]', "model 2 is named 'm' as one before it"),
+        ("--models", '[{"name": "m", "nbytes": 3, "concurrency": 0}]', "model 1 is wrong: the model 'm' has concurrency 0; give a whole number of 1 or more"),
+        ("--models", '[{"name": "m", "nbytes": "3"}]', "model 1 is wrong: Expected `int`, got `str`"),
+        ("--cluster", json.dumps([NODE | {"disk_bytes_per_second": 0}]), "the node 'n' has disk_bytes_per_second 0"),
+        ("--cluster", json.dumps([NODE, NODE]), "node 2 is named 'n' as one before it"),
+        ("--cluster", json.dumps([NODE | {"device": 3}]), "did you mean devices?"),
+    ],
+)
+def test_a_file_of_models_or_nodes_is_read_strictly(run: RunCommand, trace_file: Path, tmp_path: Path, option: str, text: str, words: str) -> None:
+    path = tmp_path / "given.json"
+    path.write_text(text)
+    ended = run("simulate", trace_file, option, path, "--json")
+    assert (ended.code, ended.out) == (1, "") and words in ended.error["message"] and ended.error["path"] == str(path)
+
+
+def test_a_file_says_all_or_the_options_do(run: RunCommand, trace_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "given.json"
+    path.write_text(json.dumps([{"name": "m0", "nbytes": 3, "devices": 9}]))
+    for wrong in (("--weights", "14GB"), ("--model-devices", 1), ("--start-seconds", 5.0), ("--min-instances", 0), ("--max-instances", 9)):
+        ended = run("simulate", trace_file, "--models", path, *wrong)
+        assert ended.code == 2 and f"leave out {wrong[0]}" in ended.err, wrong
+    path.write_text(json.dumps([NODE]))
+    for wrong in (("--nodes", 4), ("--devices", 4), ("--memory", "512GB")):
+        ended = run("simulate", trace_file, "--cluster", path, *wrong)
+        assert ended.code == 2 and f"leave out {wrong[0]}" in ended.err, wrong
+
+
+def test_what_cannot_come_right_is_warned_of_and_run(run: RunCommand, trace_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "models.json"
+    path.write_text(json.dumps([{"name": "m0", "nbytes": 3, "devices": 9}]))
+    ended = run("simulate", trace_file, "--models", path, "--devices", 2, "--json")
+    assert ended.code == 0
+    warned = ended.document["warnings"]
+    assert warned[0].startswith("the model m0 needs 9 devices and 0 bytes of host memory on one node, and the largest, node-0000, has 2 and")
+    assert len(warned) == 2 and "more, which" in warned[1]
+    assert [line for line in ended.err.splitlines() if line.startswith("Warning: ")] == [f"Warning: {words}" for words in warned]
+    assert run("simulate", trace_file, "--json").document["warnings"] == []
+
+
+def test_functions_are_played_as_functions(run: RunCommand) -> None:
+    """A request with a duration and no tokens needs memory and no device, unless options say otherwise."""
+    ended = run("simulate", "faas", "--flat", "--json")
+    assert {(spec["devices"], spec["nbytes"]) for spec in ended.document["models"]} == {(0, 100_000_000)}
+    assert {spec["runtime"] for spec in ended.document["models"]} == {"java", "nodejs", "python"}
+    assert sum(value for name, value in ended.document["runs"][0]["gpu_seconds"].items() if name != "free") == 0
+    table = run("simulate", "faas", "--flat")
+    assert "for 20 functions on" in table.out and "idle host memory" in table.out
+    given = run("simulate", "faas", "--flat", "--model-devices", 1, "--weights", "1GB", "--json").document["models"]
+    assert {(spec["devices"], spec["nbytes"]) for spec in given} == {(1, 10**9)}
+    tokened = run("simulate", "burst", "--flat", "--json").document["models"]
+    assert {(spec["devices"], spec["nbytes"]) for spec in tokened} == {(1, 14 * 10**9)}
+
+
+def test_help_names_every_policy(run: RunCommand) -> None:
+    ended = run("simulate", "--help")
+    said = ended.out.split("Policies:")[1]
+    assert ended.code == 0 and all(name in said for name in (*PLACEMENTS, *KEEP_ALIVES, *AUTOSCALERS))
+
+
+def test_a_log_that_is_cut_off_has_no_name(run: RunCommand, trace_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the midst leaves neither the file nor a hidden one; what was there before stays."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "events.jsonl").write_text("before")
+
+    def stopped(*arguments: Any, log: Callable[[bytes], object], **options: Any) -> None:
+        log(b"{}")
+        assert len(list(folder.iterdir())) == 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sllm_mini.cluster.simulated.simulate", stopped)
+    assert run("simulate", trace_file, "--events", folder / "events.jsonl").code == 130
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("events.jsonl", "before")]
+
+
+def test_a_log_is_replayed_by_what_its_first_line_says(run: RunCommand, trace_file: Path, tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    assert run("simulate", trace_file, "--keep-alive", "rainbowcake", "--autoscaler", "target-concurrency", "--devices", 1, "--nodes", 2, "--events", log).code == 0
+    ended = run("replay", log, "--json")
+    assert ended.code == 0, ended.err
+    lines = log.read_bytes().splitlines(keepends=True)
+    assert ended.document["events"] == len(lines) - 1 and ended.document["policies"]["keep_alive"] == "rainbowcake"
+    assert "under serverlessllm, rainbowcake, target-concurrency" in run("replay", log).out
+    header = json.loads(lines[0])
+    for first, words in (
+        (header | {"keep_alive": "scale-to-zero"}, "as recorded"), (header | {"keep_alive": "none"}, "no keep-alive policy 'none'"), (header | {"version": 2}, "reads version 1"),
+        (header | {"seed": 1}, "wrong header"), (header | {"max_failures": 0}, "options that cannot be"),
+    ):  # fmt: skip
+        log.write_bytes(json.dumps(first, separators=(",", ":")).encode() + b"\n" + b"".join(lines[1:]))
+        ended = run("replay", log, "--json")
+        assert ended.code == 1 and words in ended.error["message"], words
+    log.write_bytes(b"".join(lines[1:]))
+    assert "names no policies" in run("replay", log, "--json").error["message"]
+    log.write_bytes(b"".join(lines)[:-40])
+    assert f"line {len(lines)} of the event log" in run("replay", log, "--json").error["message"]
+
+
+def test_wrong_usage_is_told_before_anything_runs(run: RunCommand, trace_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("simulate", trace_file, "--keep-alive", "none").code == 1
     assert run("simulate", trace_file, "--placement", "random", "--placement", "locality", "--events", tmp_path / "e").code == 2
     assert run("simulate", trace_file, "--flat", "--chrome-trace", tmp_path / "c").code == 2
     assert run("simulate", tmp_path / "none.csv").code == 1
+    assert "did you mean burst?" in run("simulate", "burts", "--json").error["message"]
+    assert run("simulate", trace_file, "--start-seconds", "inf").code == run("simulate", trace_file, "--start-seconds", "nan").code == 2
+    assert run("simulate", trace_file, "--min-instances", 3, "--max-instances", 2).code == 2
+    with monkeypatch.context() as patched:
+        patched.setattr("sllm_mini.cluster.simulated.simulate", lambda *_, **__: pytest.fail("it ran"))
+        assert "choose one of" in run("simulate", trace_file, "--placement", "random", "--placement", "rondom", "--json").error["message"]
 
 
 def test_the_bench_compares_with_a_bare_queue(run: RunCommand, tmp_path: Path) -> None:
@@ -567,12 +827,14 @@ def test_the_bench_compares_with_a_bare_queue(run: RunCommand, tmp_path: Path) -
 
 
 def test_a_warm_up_is_run_and_not_counted() -> None:
-    from sllm_mini.lab.simulating.workload import queues, run_simulated
+    from sllm_mini.lab.simulating.workload import churn, queues, run_simulated
 
     cold, warm = run_simulated(queues(1), 300, 0), run_simulated(queues(1), 300, 0, warm_up=1)
     assert cold.requests == warm.requests == 300
     assert cold.events >= 600 and warm.events >= 540  # some that came before are finished after
     assert warm.events < 1200 and warm.seconds > 0
+    backlog = run_simulated(churn(256), 100, 0, warm_up=1)  # as many as came before are answered, cold, while few arrive
+    assert backlog.answered > backlog.cold > backlog.requests and backlog.cold_fraction == backlog.cold / backlog.answered
 
 
 def test_the_steady_workload_is_as_skewed_as_azures_functions() -> None:

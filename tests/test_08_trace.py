@@ -16,8 +16,10 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from command_line import Run as RunCommand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -185,7 +187,7 @@ def test_a_wrong_line_of_json_is_said_in_one_sentence(tmp_path: Path, row: str, 
     ("name", "content", "words"),
     [
         ("t.csv", b"", "it is empty"),
-        ("t.csv", b"a,b\n1,2\n", "import a published trace with import_trace"),
+        ("t.csv", b"a,b\n1,2\n", "import a published one first"),
         ("t.csv", HEADER.replace("trace 1", "trace 2").encode(), "version '2' and this sllm_mini reads version 1"),
         ("t.csv", HEADER.replace('"a test"', "3").encode(), "the header of the trace is wrong"),
         ("t.csv", HEADER.replace("synthetic", "made up").encode(), "the header of the trace is wrong"),
@@ -441,6 +443,47 @@ def test_import_opens_our_own_format_and_refuses_what_it_does_not_know(tmp_path:
         import_trace(tmp_path / "b.csv", durations=tmp_path / "x.csv")
     with pytest.raises(ValueError, match="name it in printable text"):
         import_trace(tmp_path / "b.csv", model="")
+
+
+# The command line
+
+
+def test_published_traces_are_imported_from_the_command_line(run: RunCommand, tmp_path: Path) -> None:
+    """Each of the five, told apart by its first line; what is written is what `import_trace` reads."""
+    write_2019(tmp_path / "day.csv", {"f": {2: 3, 9: 1}})
+    (tmp_path / "run.csv").write_text(f"{DURATIONS_2019}\nowner,app,f,500,4000,1,9000,100,200,300,400,500,600,2000\n")
+    (tmp_path / "weeks.txt").write_text(f"{YEAR_2021}\na,f,5160.5,0.25\nb,f,5200.0,100.0\n")
+    (tmp_path / "llm.csv").write_text(f"{AZURE_LLM}\n2023-11-16 23:59:59.9799600,4808,10\n")
+    (tmp_path / "burst.csv").write_text(f"{BURSTGPT}\n5,ChatGPT,472,18,490,Conversation log\n45,GPT-4,1087,0,1087,API log\n")
+    (tmp_path / "sessions.csv").write_text(f"{BURSTGPT_SESSIONS}\n19440110.0,1722ac82-0a46,43,GPT-4,906,446,1352,Conversation log\n")
+    given: list[tuple[str, list[str], dict[str, Any]]] = [
+        ("day.csv", ["--durations", str(tmp_path / "run.csv"), "--seed", "3"], {"durations": tmp_path / "run.csv", "seed": 3}), ("weeks.txt", [], {}),
+        ("llm.csv", ["--model", "code"], {"model": "code"}), ("burst.csv", ["--failures"], {"failures": True}), ("sessions.csv", [], {}),
+    ]  # fmt: skip
+    for name, options, arguments in given:
+        out = tmp_path / f"{name}.jsonl"
+        ended = run("trace", "import", tmp_path / name, out, *options, "--json")
+        assert ended.code == 0, ended.err
+        wanted = import_trace(tmp_path / name, **arguments)
+        assert read_trace(out) == wanted.hold() and ended.document["requests"] == len(list(wanted)) > 0
+        assert ended.document["source"] == wanted.label.source
+        assert run("trace", "show", out, "--json").document["requests"] == ended.document["requests"]
+    assert run("trace", "import", tmp_path / "weeks.txt", tmp_path / "weeks.txt.jsonl").code == 1, "it is there already"
+    assert "2 requests of Azure Functions invocation trace 2021" in run("trace", "import", tmp_path / "weeks.txt", tmp_path / "weeks.txt.jsonl", "--overwrite").out
+    for wrong in (["--seed", "3"], ["--model", "m"], ["--failures"], ["--durations", str(tmp_path / "run.csv")]):
+        ended = run("trace", "import", tmp_path / "weeks.txt", tmp_path / "w.csv", *wrong)
+        assert ended.code == 2 and not (tmp_path / "w.csv").exists(), wrong
+    (tmp_path / "x.csv").write_text("time,tokens\n1,2\n")
+    assert "none of the traces known here" in run("trace", "import", tmp_path / "x.csv", tmp_path / "w.csv", "--json").error["message"]
+    assert "trace import" in run("simulate", tmp_path / "llm.csv", "--json").error["message"]
+
+
+def test_a_trace_is_shown_on_the_command_line(run: RunCommand) -> None:
+    document = run("trace", "show", "faas", "--json").document
+    assert document["label"]["name"] == "faas" and len(document["models"]) == 20 and document["requests"] == sum(1 for _ in shipped_trace("faas"))
+    said = run("trace", "show", "burst").out
+    assert "model-00" in said and "and 6 more" in said and "CV of gaps" in said and "mean duration" not in said
+    assert "did you mean diurnal?" in run("trace", "show", "diurnl", "--json").error["message"]
 
 
 # Generators

@@ -106,8 +106,10 @@ def test_keeping_longer_means_fewer_cold_starts_and_more_waste() -> None:
     colds, wastes = [one.cold_fraction for _, one in line], [one.waste_gb_seconds for _, one in line]
     assert colds == sorted(colds, reverse=True) and wastes == sorted(wastes)
     never = run_contender("scale to zero", REQUESTS, SPECS, until=HOUR)
-    assert never.waste_gb_seconds == 0 and never.cold_fraction > colds[0]
-    assert never.cost(ALPHA) == pytest.approx(ALPHA * never.start_seconds)
+    account = never.result.account
+    assert account.idle_mb_seconds == 0 and never.cold_fraction > colds[0]
+    assert never.waste_gb_seconds == pytest.approx(account.unused_climb_byte_seconds / 1e9) and never.waste_gb_seconds > 0  # starts whose request another instance served
+    assert never.cost(ALPHA) == pytest.approx(ALPHA * never.start_seconds + (1 - ALPHA) * 1000 * never.waste_gb_seconds)
 
 
 def test_a_start_from_below_is_counted_where_it_began() -> None:
@@ -121,7 +123,8 @@ def test_who_knows_the_future_unloads_and_is_back() -> None:
     bound, never = (run_contender(name, REQUESTS, SPECS, until=HOUR) for name in ("clairvoyant", "scale to zero"))
     assert bound.start_seconds < never.start_seconds / 4
     quickest = run_contender("shortest", REQUESTS, SPECS, contender=fixed(5.0), until=HOUR)
-    assert bound.waste_gb_seconds < quickest.waste_gb_seconds / 10
+    assert bound.result.account.idle_mb_seconds < quickest.result.account.idle_mb_seconds / 10
+    assert bound.waste_gb_seconds < quickest.waste_gb_seconds / 5
 
 
 def test_the_line_is_read_between_its_points_and_not_beyond() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -133,7 +134,7 @@ def test_windows_of_a_long_silence_cost_no_more_than_a_short_one() -> None:
     windows = Windows(60, 0.0)
     windows.set(7.0, 1.5)
     assert windows.mean(60, 1e9) == pytest.approx(7.0)
-    assert len(windows._areas) <= 63
+    assert len(windows.areas) <= 63
 
 
 @settings(max_examples=200, deadline=None)
@@ -152,6 +153,59 @@ def test_per_request_has_room_for_everyone() -> None:
         running, queued, concurrency = random.Random(_).randrange(50), random.Random(_ + 1).randrange(50), 1 + _ % 7
         wanted = PerRequest().desired(model(running, queued, concurrency=concurrency), 0.0)
         assert wanted * concurrency >= running + queued > (wanted - 1) * concurrency or running + queued == wanted == 0
+
+
+def test_a_decision_holds_until_the_next_tick() -> None:
+    scaler, state = KnativePodAutoscaler(target=10, utilisation=1.0), model(running=100, ready=10)
+    scaler.observe(state, 0.0)
+    assert scaler.desired(state, 2.0) == 10
+    state.running = 0
+    scaler.observe(state, 2.0)
+    state.ready = 4  # so that a decision would be another
+    assert scaler.desired(state, 3.99) == 10
+    assert scaler.desired(state, 4.0) == 5, "2 s at 100 and 2 s at 0 are a mean of 50"
+
+
+def test_panic_takes_the_larger_window_and_each_panic_begins_anew() -> None:
+    scaler, state = KnativePodAutoscaler(target=10, utilisation=1.0), model(running=60, ready=1)
+    scaler.observe(state, 0.0)
+    state.running = 20
+    scaler.observe(state, 54.0)
+    assert scaler.desired(state, 60.0) == 6, "the short window says 2, twice what is ready; the long one (54 x 60 + 6 x 20) / 60 = 56"
+    state.running = 0
+    scaler.observe(state, 60.0)
+    for tick in range(62, 300, 2):
+        state.ready = scaler.desired(state, float(tick))
+    assert state.ready == 0
+    state.running = 30
+    scaler.observe(state, 300.0)
+    assert scaler.desired(state, 302.0) == 1, "(4 x 0 + 2 x 30) / 6 = 10; no more of the panic that is long over"
+    assert scaler.desired(state, 304.0) == 2, "(2 x 0 + 4 x 30) / 6 = 20: panic"
+
+
+def test_a_step_that_was_taken_starts_nothing_that_nobody_asks_for() -> None:
+    scaler = TargetConcurrency(target=2)
+    state = model(queued=9, ready=1)
+    assert scaler.desired(state, 0.0) == 2
+    state.ready, state.queue = 0, deque()  # the keep-alive has let it go and nobody waits
+    assert scaler.desired(state, 0.5) == 0
+    state.queue.append(RequestState(1, "m", 1, "", 0.6))
+    assert scaler.desired(state, 0.6) == 1
+    state.ready, state.queue = 5, deque()
+    assert scaler.desired(state, 0.9) == 2, "what was allowed at the tick"
+    assert scaler.desired(state, 1.0) == 5, "nobody is sent away"
+
+
+@pytest.mark.parametrize("make", [KnativePodAutoscaler, TargetConcurrency])
+def test_a_deleted_model_begins_anew(make: Callable[[], KnativePodAutoscaler | TargetConcurrency]) -> None:
+    scaler, state = make(), model(running=90, queued=9, ready=3)
+    for now in (0.0, 2.0, 4.5):
+        scaler.observe(state, now)
+        scaler.desired(state, now)
+    assert scaler != make()
+    scaler.on_delete(state)
+    assert scaler == make()
+    scaler.on_delete(state)
 
 
 def test_target_concurrency_goes_one_step_a_tick() -> None:

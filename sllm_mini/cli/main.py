@@ -16,7 +16,19 @@ import typer
 from typer.core import TyperGroup
 
 from sllm_mini import __version__
-from sllm_mini.cli import bench, checkpoints, inspection, kernels, machine, models, simulate, store, terminal, tour
+from sllm_mini.cli import (
+    bench,
+    checkpoints,
+    inspection,
+    kernels,
+    machine,
+    models,
+    simulate,
+    store,
+    terminal,
+    tour,
+    traces,
+)
 from sllm_mini.errors import SllmError
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141
@@ -93,9 +105,11 @@ app.command("verify")(checkpoints.verify)
 app.command("load")(models.load)
 app.command("kernels")(kernels.kernels)
 app.command("generate")(models.generate)
-app.command("simulate")(simulate.simulate)
+app.command("simulate", cls=simulate.NamesPolicies)(simulate.simulate)
+app.command("replay")(traces.replay)
 app.add_typer(bench.app, name="bench")
 app.add_typer(store.app, name="store")
+app.add_typer(traces.app, name="trace")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -76,8 +76,11 @@ class Cluster(Inventory):
         """It is as warm as its target. It holds what that needs, and is open where that is READY."""
         node = self.nodes[instance.node]
         node.climbing -= 1
+        if instance.links:
+            self._loaded(instance)
         self.prewarming.pop(instance.id, None)
         instance.warmth = instance.target
+        instance.rested = None
         held = held_nbytes(instance.spec, instance.warmth)
         node.free_nbytes += instance.held_nbytes - held
         instance.held_nbytes = held
@@ -87,10 +90,28 @@ class Cluster(Inventory):
             model.ready += 1
             self._reopened(instance, model)
 
+    def load(self, instance: InstanceState, node: NodeState, until: float) -> None:
+        """Its weights, or a part of them, come over the link of this node, until then as is expected."""
+        node.loading[instance.id] = None
+        instance.links += (node.spec.name,)
+        self.set_loads_until(node, until)
+
+    def _loaded(self, instance: InstanceState) -> None:
+        """They have come, or will not: a link over which nothing comes any more is free."""
+        for name in instance.links:
+            node = self.nodes.get(name)  # another of this name may have joined since: it is not loading for this one
+            if node is not None and instance.id in node.loading:
+                del node.loading[instance.id]
+                if not node.loading:
+                    self.set_loads_until(node, 0.0)
+        instance.links = ()
+
     def rest(self, instance: InstanceState, rank: float, now: float) -> None:
-        """It is idle from now on: it neither climbs nor has requests, here or on their way."""
+        """It is idle from now on, or since it was before: it neither climbs nor has requests, here or on their way."""
         node = self.nodes[instance.node]
-        instance.idle_since, instance.rank = now, rank
+        if instance.rested is None:
+            instance.rested = now
+        instance.idle_since, instance.rank = instance.rested, rank
         self._idle_of[instance.node].add(instance.id, rank)
         node.idle_nbytes += instance.held_nbytes
         if instance.devices:
@@ -128,6 +149,8 @@ class Cluster(Inventory):
         model = None if instance.model is None else self.models[instance.model]
         if instance.climbing:
             node.climbing -= 1
+            if instance.links:
+                self._loaded(instance)
             self.prewarming.pop(instance.id, None)
             if model is not None:
                 model.starting.pop(instance.id, None)
@@ -208,6 +231,7 @@ class Cluster(Inventory):
         request.phase, request.instance, request.assigned = _RUNNING, instance.id, now
         instance.requests[request.id] = request
         instance.uses += 1
+        instance.rank, instance.rested = 0.0, None
         model.running += 1
         self._reopened(instance, model)
 
@@ -225,6 +249,7 @@ class Cluster(Inventory):
         del source.requests[request.id], target.incoming[request.id]
         target.requests[request.id] = request
         target.uses += 1
+        target.rank, target.rested = 0.0, None
         request.phase, request.instance, request.target = _RUNNING, target.id, None
         request.migrations += 1
         self._reopened(source, model)

@@ -38,8 +38,8 @@ from sllm_mini.types import Warmth
 
 
 class Controller:
-    """`max_failures` of one request, or starts of a model in a row that fail, before an error is the answer. After a start
-    that failed the model waits `retry_seconds`, twice as long each time, before the next."""
+    """`max_failures` of one request, or starts of a model in a row that fail, before an error is the answer, and
+    migrations of a request that fail before it is left where it is. After a start that failed the model waits `retry_seconds`, twice as long each time, before the next."""
 
     def __init__(
         self,
@@ -62,9 +62,11 @@ class Controller:
         self.cluster = cluster
         self._actions: list[m.AnyAction] = []
         self.timers = Timers(self._actions)
-        self.warming = Warming(cluster, self.keep_alive, self.timers, self._actions)
+        self.warming = Warming(cluster, self.keep_alive, self.timers, self._actions, self._parts())
         self.plans = Plans(cluster, self.warming, self.keep_alive, self.estimator, self._actions)
-        self.scaling = Scaling(cluster, self.plans, self.warming, self.placement, self.autoscaler)
+        self.scaling = Scaling(
+            cluster, self.plans, self.warming, self.placement, self.autoscaler, self.max_failures, lambda *refused: self.requests.refuse_all(*refused)
+        )
         self.requests = Requests(cluster, self.plans, self.scaling, self.warming, self.timers, self.autoscaler, self.estimator, self._actions, self.max_failures)
         # One method for each event, named as it is: `RequestArrived` goes to `requests.arrived`, `NodeLost` to `_node_lost`.
         self._handlers: dict[type, Callable[[Any, float], None]] = {
@@ -81,12 +83,15 @@ class Controller:
         if now < self.now:
             now = self.now
         self.now = now
+        cluster = self.cluster
+        if cluster.until and cluster.until[0][0] <= now:
+            cluster.advance(now)
         self._handlers[type(event)](event, now)
         if plans.ask:
             self.scaling.ask_all(now)
         if warming.freed:
             warming.freed = False
-            if self.cluster.short():
+            if cluster.short():
                 self.scaling.retry(now)
         return actions.copy()
 
@@ -127,6 +132,7 @@ class Controller:
         if node is not None:
             self.plans.lose(list(node.instances.values()), now)
             self.cluster.remove_node(event.node)
+            self.scaling.node_lost()
 
     def _model_deployed(self, event: m.ModelDeployed, now: float) -> None:
         known = self.cluster.models.get(event.model.name)
@@ -134,6 +140,7 @@ class Controller:
             if pending.model == event.model.name:  # what it has booked is by the old figures
                 self.plans.abandon(pending, now)
         model = self.cluster.add_model(event.model)
+        self.warming.least_changed(model, now)
         self.warming.deployed(model, now)
         self.plans.ask[event.model.name] = True
 
@@ -166,12 +173,11 @@ class Controller:
             model.failed_starts = 0
             if self.estimator is not None:
                 self.estimator.observe_start(
-                    node, model, instance.warmth, event.tier, event.seconds, event.queued_seconds, instance.predicted_seconds, instance.parts
+                    node, instance.spec, instance.warmth, event.tier, event.seconds, event.queued_seconds, instance.predicted_seconds, instance.parts,
+                    event.load_seconds,
                 )
         instance.reached_from = event.tier
         cluster.reached(instance)
-        if not node.climbing and node.loads_until > now:
-            cluster.set_loads_until(node, now)
         self.plans.migrate_to(instance, now)
         self.plans.settle(instance, now)
         self.warming.freed = True
@@ -191,9 +197,7 @@ class Controller:
     def _start_failed(self, model: ModelState, reason: str, now: float) -> None:
         model.failed_starts += 1
         if model.failed_starts >= self.max_failures and not model.ready and not model.starting:
-            for request in list(model.queue):
-                self._actions.append(m.Refuse(request.id, f"503: model {request.model} did not start ({reason})"))
-                self.requests.end(request, now)
+            self.requests.refuse_all(model, f"503: model {model.spec.name} did not start ({reason})", now)
             model.failed_starts = 0
         if model.spec.name in self.cluster.models and not model.held_back:
             model.held_back = True

@@ -1,15 +1,42 @@
-"""Whether a placement's plan can be carried out as the cluster is: a policy that is wrong is told so, before anything changes.
+"""Whether what a policy answers can be: a plan that can be carried out as the cluster is, times and counts that are none below 0.
 
-Pure; costs some microseconds a plan. Part of `controller`; taught in chapter 08.
+A policy that is wrong is told so in an SllmError; a wrong plan, before anything changes. Pure; costs some microseconds a
+plan, and well below one for any other answer. Part of `controller`; taught in chapter 08.
 """
 
 from __future__ import annotations
 
+from math import inf
+
 from sllm_mini.control.cluster import Cluster
-from sllm_mini.control.policy import Plan
+from sllm_mini.control.policy import Plan, Prewarm, Stay
 from sllm_mini.control.state import InstanceState, ModelState, held_nbytes
 from sllm_mini.errors import SllmError
 from sllm_mini.types import Warmth
+
+
+def check_stay(instance: InstanceState, stay: Stay) -> None:
+    """Raises SllmError for seconds that are none, or below 0."""
+    if stay.seconds is not None and not stay.seconds >= 0:
+        raise SllmError(f"the keep-alive policy keeps instance {instance.id} of {instance.spec.name} for {stay.seconds} s; let it answer 0 or more, or None for good")
+
+
+def check_rank(instance: InstanceState, rank: float) -> None:
+    """Raises SllmError for what is in no order."""
+    if rank != rank:
+        raise SllmError(f"the keep-alive policy ranks instance {instance.id} of {instance.spec.name} as {rank}; let it answer a number")
+
+
+def check_prewarm(prewarm: Prewarm) -> None:
+    """Raises SllmError for a time that does not come, or a count below 0."""
+    if not -inf < prewarm.at < inf or prewarm.count < 0:
+        raise SllmError(f"the keep-alive policy pre-warms {prewarm.count} of {prewarm.model} at {prewarm.at}; let it name a time that comes, and 0 or more")
+
+
+def check_desired(model: ModelState, desired: int) -> None:
+    """Raises SllmError for less than none, or more than the model may have."""
+    if not 0 <= desired <= model.spec.max_instances:
+        raise SllmError(f"the autoscaler desires {desired} instances of {model.spec.name}; let it answer from 0 up to its max_instances, {model.spec.max_instances}")
 
 
 def check_plan(cluster: Cluster, model: ModelState, plan: Plan, target: Warmth) -> None:

@@ -114,7 +114,7 @@ class Plans:
                     until = now + estimator.load(each, spec, tier, now, instance.parts)
                 else:
                     until = max(now, each.loads_until) + spec.nbytes / instance.parts / _bandwidth(each, tier)
-                cluster.set_loads_until(each, until)
+                cluster.load(instance, each, until)
         instance.epoch += 1
         self._actions.append(
             Start(instance.id, instance.node, name, instance.warmth, instance.target, tier, instance.devices, instance.epoch, plan.parts)

@@ -117,6 +117,12 @@ class Requests:
         if model.deleted and request.model in cluster.models:
             self._warming.forget(model)
 
+    def refuse_all(self, model: ModelState, reason: str, now: float) -> None:
+        """Those of this model that wait."""
+        for request in list(model.queue):
+            self._actions.append(m.Refuse(request.id, reason))
+            self.end(request, now)
+
     def lose_patience(self, model: ModelState, now: float) -> None:
         """Requests that have queued too long are refused; what has run before and came back to the queue is not."""
         patience = self._autoscaler.queue_seconds

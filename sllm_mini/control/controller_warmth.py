@@ -6,14 +6,15 @@ moved, it fires early and is set again, so that a warm request sets none. Part o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from math import inf
 
 from sllm_mini.control.cluster import Cluster
+from sllm_mini.control.controller_check import check_prewarm, check_rank, check_stay
 from sllm_mini.control.controller_timers import Timer, Timers, Wake
 from sllm_mini.control.messages import AnyAction, Descend
-from sllm_mini.control.policy import KeepAlive, Prewarm
+from sllm_mini.control.policy import Forgetting, KeepAlive, Prewarm
 from sllm_mini.control.state import InstanceState, ModelState
 from sllm_mini.types import Warmth
 
@@ -25,8 +26,9 @@ class Warming:
     """`freed` is set where something became free or idle, so that models which are short of instances are asked again; `ask`
     are models to be asked at the end of the event in any case, with whether they may preempt or move others."""
 
-    def __init__(self, cluster: Cluster, keep_alive: KeepAlive, timers: Timers, actions: list[AnyAction]) -> None:
+    def __init__(self, cluster: Cluster, keep_alive: KeepAlive, timers: Timers, actions: list[AnyAction], learners: Sequence[object] = ()) -> None:
         self._cluster, self._keep_alive, self._timers, self._actions = cluster, keep_alive, timers, actions
+        self._learners = [part for part in learners if isinstance(part, Forgetting)]
         self.freed = False
         self.ask: dict[str, bool] = {}
         self.prewarms: dict[tuple[str, Warmth], tuple[int, float, int]] = {}
@@ -36,8 +38,12 @@ class Warming:
         """It has nothing to do: idle at its warmth for as long as its policy says, then at the next one."""
         cluster, keep_alive = self._cluster, self._keep_alive
         self.freed = True
-        cluster.rest(instance, keep_alive.rank(instance, cluster, now), now)
+        # To descend is no use: who has been idle longest stays the first to give way.
+        rank = keep_alive.rank(instance, cluster, now if instance.rested is None else instance.rested)
+        check_rank(instance, rank)
+        cluster.rest(instance, rank, now)
         stay = keep_alive.stay(instance, cluster, now)
+        check_stay(instance, stay)
         seconds, then = stay.seconds, stay.then
         instance.then = then if then < instance.warmth else Warmth(instance.warmth - 1)
         if instance.model is not None:
@@ -85,7 +91,11 @@ class Warming:
         if model.deleted and not (model.running or model.queue or model.instances):
             self._timers.drop(model.tick)
             self._timers.drop(model.patience)
+            for warmth in Warmth:
+                self._timers.drop(self.prewarms.pop((model.spec.name, warmth), (None,))[0])
             self._cluster.remove_model(model)
+            for learner in self._learners:
+                learner.on_delete(model)
 
     def due(self, instance: InstanceState, now: float) -> None:
         """Its timer has fired."""
@@ -110,14 +120,26 @@ class Warming:
         for prewarm in self._keep_alive.on_deploy(model, self._cluster, now):
             self.plan(prewarm)
 
+    def least_changed(self, model: ModelState, now: float) -> None:
+        """Those that only its `min_instances` kept are let go where it has more than it now asks for."""
+        for instance in [each for each in model.open.values() if each.idle_since is not None and each.warm_until is None]:
+            if model.ready > model.spec.min_instances:
+                self._cluster.wake(instance)
+                self.rest(instance, now)
+
     def arrived(self, model: ModelState, warmth: Warmth, now: float) -> None:
         for prewarm in self._keep_alive.on_arrival(model, self._cluster, now, warmth):
             self.plan(prewarm)
 
     def plan(self, prewarm: Prewarm) -> None:
-        """Of two for the same model and warmth only the later holds."""
+        """Of two for the same model and warmth only the one that was asked for last holds."""
+        check_prewarm(prewarm)
         key = (prewarm.model, prewarm.warmth)
         timer = self.prewarms[key][0] if key in self.prewarms else None
+        if not prewarm.count:  # the timer stays: it fires for nothing, or serves the next
+            if timer is not None:
+                self.prewarms[key] = timer, -inf, 0
+            return
         timer = self._timers.sooner(timer, Wake.PREWARM, prewarm.model, prewarm.at, prewarm.warmth)
         self.prewarms[key] = timer, prewarm.at, prewarm.count
 

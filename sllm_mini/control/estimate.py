@@ -3,7 +3,8 @@
 A load takes `q + n/b` (ServerlessLLM, OSDI'24): the queue of loads on that node, then bytes over the bandwidth of the slowest
 tier on the way. A live migration takes `a * (t_in + t_out) + b`, where `t_out` is not asked for but estimated: the seconds
 it has decoded over the seconds a token takes. First guesses come from the specs; the first observation replaces them, each
-later one moves them by `weight`. Pure; constant time and memory per node, tier and model. Taught in chapter 08.
+later one moves them by `weight` (`a` and `b` are fitted to the last migrations, see `estimate_line`). Pure; constant time
+and memory per node, tier and model. Taught in chapter 08.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sllm_mini.control.estimate_errors import Dimension, Errors, ErrorTable, Subject
+from sllm_mini.control.estimate_line import Line
 from sllm_mini.control.messages import ModelSpec
+from sllm_mini.control.saveable import Saveable
 from sllm_mini.control.state import ModelState, NodeState, RequestState
 from sllm_mini.types import Tier, Warmth
 
@@ -44,32 +48,15 @@ class Learned:
 
 
 @dataclass(slots=True)
-class Errors:
-    """What was predicted against what came: `mean_*` of the absolute errors, in seconds and as a share of what came."""
-
-    count: int = 0
-    mean_seconds: float = 0.0
-    mean_share: float = 0.0
-    worst_seconds: float = 0.0
-
-    def add(self, predicted: float, observed: float) -> None:
-        error = abs(predicted - observed)
-        self.count += 1
-        self.mean_seconds += (error - self.mean_seconds) / self.count
-        self.mean_share += ((error / observed if observed > 0 else 0.0) - self.mean_share) / self.count
-        self.worst_seconds = max(self.worst_seconds, error)
-
-
-@dataclass(slots=True)
-class Estimator:
+class Estimator(Saveable):
     """One cluster's figures. `weight` of a new observation: 1 keeps only the last one."""
 
     weight: float = 0.3
     _bandwidth: dict[tuple[str, Tier], Learned] = field(default_factory=dict, init=False)
     _decode: dict[str, Learned] = field(default_factory=dict, init=False)
     _base: dict[tuple[str, Warmth], Learned] = field(default_factory=dict, init=False)
-    _per_token: Learned = field(default_factory=lambda: Learned(MIGRATION_SECONDS_PER_TOKEN), init=False)
-    _errors: dict[str, Errors] = field(default_factory=dict, init=False)
+    _migration: Line = field(default_factory=lambda: Line(MIGRATION_SECONDS_PER_TOKEN, MIGRATION_SECONDS), init=False)
+    _errors: ErrorTable = field(default_factory=ErrorTable, init=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.weight <= 1:
@@ -122,54 +109,63 @@ class Estimator:
 
     def migration(self, request: RequestState, spec: ModelSpec, now: float) -> float:
         """Seconds that moving a running request would take."""
-        return self._per_token.value * (request.input_tokens + self.output_tokens(request, spec, now)) + MIGRATION_SECONDS
+        return self._migration.at(request.input_tokens + self.output_tokens(request, spec, now))
 
     # --- observations -----------------------------------------------------------------------------------------------
 
-    def observe_start(self, node: NodeState, model: ModelState, warmth: Warmth, tier: Tier, seconds: float, queued_seconds: float, predicted: float, parts: int = 1) -> None:
-        """A start from `warmth` took `seconds`, `queued_seconds` of them behind other loads; `predicted` were expected.
+    def observe_start(
+        self, node: NodeState, spec: ModelSpec, warmth: Warmth, tier: Tier, seconds: float, queued_seconds: float, predicted: float, parts: int = 1,
+        load_seconds: float | None = None,
+    ) -> None:  # fmt: skip
+        """A start by `spec` from `warmth` took `seconds`, `queued_seconds` of them behind other loads and `load_seconds` while
+        the weights moved; `predicted` were expected.
 
-        Bytes over the seconds that the fixed rungs leave are the bandwidth; where no bytes were moved, or the rungs leave no
-        time at all, the seconds are the rungs' own.
+        Bytes over `load_seconds` are the bandwidth, and what is left are the rungs' own. Where nobody says how long the
+        weights moved, it is what the rungs leave; where they leave no time at all, the seconds are the rungs' own.
         """
-        spec = model.spec
         own = max(seconds - queued_seconds, 0.0)
         base = self.base(spec, warmth)
         source = Tier.DRAM if warmth is Warmth.DRAM else tier
         moved = -(-spec.nbytes // parts) if warmth < Warmth.DEVICE and source is not Tier.DEVICE else 0
-        if moved and own > base:
-            self._learn(self._bandwidth, (node.spec.name, source), moved / (own - base), _guess(node, source))
-        else:
-            self._learn(self._base, (spec.name, warmth), own, base)
-        self._note(f"start from {warmth.name} by {source.name}" if moved else f"start from {warmth.name}", predicted, seconds)
+        loading = max(own - base, 0.0) if load_seconds is None else load_seconds
+        if moved and loading > 0:
+            self._learn(self._bandwidth, (node.spec.name, source), moved / loading, _guess(node, source))
+        if load_seconds is not None or not (moved and loading > 0):
+            self._learn(self._base, (spec.name, warmth), max(own - (load_seconds or 0.0), 0.0), base)
+        self._errors.note(Subject("start", spec.name, warmth, source if moved else None, node.spec.name), predicted, seconds)
 
     def observe_finished(self, request: RequestState, spec: ModelSpec, output_tokens: int, seconds: float) -> None:
-        """A request that nothing interrupted ran `seconds` for its tokens."""
-        if output_tokens <= 1:
+        """A request ran `seconds` for its tokens. Only one that nothing interrupted teaches."""
+        if output_tokens <= 1 or request.migrations or request.preemptions or request.failures:
             return
         decoding = seconds - request.input_tokens * spec.prefill_seconds_per_token
-        if decoding > 0 and not (request.migrations or request.preemptions or request.failures):
+        if decoding > 0:
+            self._errors.note(Subject("decode", spec.name), self.decode(spec) * output_tokens, decoding)
             self._learn(self._decode, spec.name, decoding / output_tokens, spec.decode_seconds_per_token)
 
     def observe_migration(self, request: RequestState, output_tokens: int, seconds: float, predicted: float) -> None:
         """Moving a request with so many tokens took `seconds`."""
-        tokens = request.input_tokens + output_tokens
-        if tokens and seconds > MIGRATION_SECONDS:
-            self._per_token.learn((seconds - MIGRATION_SECONDS) / tokens, self.weight)
-        self._note("migration", predicted, seconds)
+        self._migration.learn(request.input_tokens + output_tokens, seconds)
+        self._errors.note(Subject("migration", request.model), predicted, seconds)
 
-    def errors(self) -> Mapping[str, Errors]:
-        """What was predicted against what came, by kind of start and for migrations."""
-        return dict(sorted(self._errors.items()))
+    def on_delete(self, model: ModelState) -> None:
+        """What was learned of it is forgotten; its errors are from now on those of others."""
+        name = model.spec.name
+        self._decode.pop(name, None)
+        for warmth in Warmth:
+            self._base.pop((name, warmth), None)
+        self._errors.forget(name)
+
+    def errors(self, *by: Dimension) -> Mapping[str, Errors]:
+        """What was predicted against what came, of starts (their queue included), migrations and decoding: in groups by model,
+        rung, tier, node and what it is of, as far as asked; see `ErrorTable.by`. Without a word by kind, rung and tier."""
+        return self._errors.by(*(by or ("what", "rung", "tier")))
 
     def _learn(self, table: dict[Any, Learned], key: object, observed: float, guess: float) -> None:
         learned = table.get(key)
         if learned is None:
             learned = table[key] = Learned(guess)
         learned.learn(observed, self.weight)
-
-    def _note(self, what: str, predicted: float, observed: float) -> None:
-        self._errors.setdefault(what, Errors()).add(predicted, observed)
 
 
 def _guess(node: NodeState, tier: Tier) -> float:

@@ -7,7 +7,9 @@ Pure; one thread at a time. Taught in chapter 08.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from heapq import heappop, heappush
 from itertools import chain
+from math import inf
 from typing import Any, Self
 
 from sllm_mini.control.messages import ModelSpec, NodeSpec
@@ -35,9 +37,9 @@ class Inventory:
         """Instances that climb to below DRAM, for no model in particular."""
         self._idle_of: dict[str, Ranked[int]] = {}
         self._open: list[Ranked[str]] = [Ranked()]
-        """Nodes with at least so many devices free or idle, by `loads_until`."""
-        self._open_as: dict[str, tuple[int, float]] = {}
-        """How many each node had, and its `loads_until`, when last looked at."""
+        """Nodes with at least so many devices free or idle, by `loads_until`, then those where as many are free."""
+        self._open_as: dict[str, tuple[int, int, float]] = {}
+        """How many each node had, how many of them free, and its `loads_until`, when last looked at."""
         self._changed: dict[str, NodeState] = {}
         """Nodes of which that may have changed: a device that comes and goes between two questions costs nothing."""
         self._asleep: dict[str, dict[int, InstanceState]] = {}
@@ -46,6 +48,12 @@ class Inventory:
         """The same for each node."""
         self._cached_on: dict[str, dict[str, Tier]] = {}
         """By model, deployed or not: `ModelState.cached_on` is one of these."""
+        self.until: list[tuple[float, str]] = []
+        """A heap of each `loads_until` that is to pass."""
+        self.largest: list[tuple[int, int]] = []
+        """Devices and bytes of memory of the nodes than which none has more of both."""
+        self.slowest = inf
+        """Bytes a second of the slowest remote link or disk of any node; infinity without nodes."""
         self._short: dict[tuple[int, int], Ranked[str]] = {}
         """Models that want an instance and got none, by what one needs (devices, bytes), in order of who waits longest."""
 
@@ -81,20 +89,47 @@ class Inventory:
         for model in self.models.values():
             if model.short:
                 self.set_short(model, True)
+        for node in self.nodes.values():
+            self.set_loads_until(node, node.loads_until)
+        self._measure()
         return self
+
+    def advance(self, now: float) -> None:
+        """Time has passed: what was to be loaded by now is no queue any more, for those who compare nodes by it."""
+        until = self.until
+        while until and until[0][0] <= now:
+            at, name = heappop(until)
+            node = self.nodes.get(name)
+            if node is not None and node.loads_until == at:
+                node.loads_until = 0.0
+                self._changed[name] = node
+
+    def holds(self, devices: int, nbytes: int) -> bool:
+        """Whether some node has so much in all, free or not. Costs a look at the nodes than which none has more: mostly one."""
+        return any(devices <= most and nbytes <= memory for most, memory in self.largest)
+
+    def _measure(self) -> None:
+        sizes = sorted({(node.spec.devices, node.spec.dram_nbytes) for node in self.nodes.values()}, reverse=True)
+        self.largest.clear()
+        for devices, nbytes in sizes:
+            if not self.largest or nbytes > self.largest[-1][1]:
+                self.largest.append((devices, nbytes))
+        self.slowest = min((_source(node.spec) for node in self.nodes.values()), default=inf)
 
     # What policies ask
 
     def open_nodes(self, devices: int, nbytes: int = 0) -> Iterator[NodeState]:
-        """Nodes with so many free or idle devices and so many free or idle bytes, in order of `loads_until`, then of name."""
+        """Nodes with so many free or idle devices and so many free or idle bytes: those that can load soonest first, of equals
+        those where nobody has to give up a device, then by name."""
         nodes = self.nodes
         for _, name in self.open_order(devices):
             node = nodes[name]
             if node.free_nbytes + node.idle_nbytes >= nbytes:
                 yield node
 
-    def open_order(self, devices: int) -> list[tuple[float, str]]:
-        """(`loads_until`, name) of nodes with so many free or idle devices, in this order: to be read at once."""
+    def open_order(self, devices: int) -> list[tuple[tuple[float, bool], str]]:
+        """Names of nodes with so many free or idle devices, in the order of `open_nodes` and with the rank by which they stand
+        there (`loads_until`, whether some must be given up): to be read at once."""
         if self._changed:
             self._reopen()
         return self._open[devices].ordered() if devices < len(self._open) else []
@@ -131,6 +166,9 @@ class Inventory:
         self._idle_of[spec.name] = Ranked()
         self._asleep_on[spec.name] = {}
         self._changed[spec.name] = node
+        self.slowest = min(self.slowest, _source(spec))
+        if not self.holds(spec.devices, spec.dram_nbytes):
+            self._measure()
         for model in spec.disk:
             self.cached(spec.name, model, Tier.DISK)
         return node
@@ -140,9 +178,12 @@ class Inventory:
         for model in list(self.nodes[name].cached):
             self.evicted(name, model, Tier.REMOTE)
         self._changed.pop(name, None)
-        for ranked in self._open[: self._open_as.pop(name, (-1, 0.0))[0] + 1]:
+        for ranked in self._open[: self._open_as.pop(name, (-1, 0, 0.0))[0] + 1]:
             ranked.discard(name)
-        del self.nodes[name], self._idle_of[name], self._asleep_on[name]
+        spec = self.nodes.pop(name).spec
+        del self._idle_of[name], self._asleep_on[name]
+        if (spec.devices, spec.dram_nbytes) in self.largest or _source(spec) == self.slowest:
+            self._measure()
 
     def add_model(self, spec: ModelSpec) -> ModelState:
         """Or gives a known one new figures. Its instances keep the old ones until they climb again."""
@@ -181,22 +222,27 @@ class Inventory:
     def set_loads_until(self, node: NodeState, until: float) -> None:
         node.loads_until = until
         self._changed[node.spec.name] = node
+        if until > 0.0:
+            heappush(self.until, (until, node.spec.name))
 
     def _reopen(self) -> None:
         """Nodes that have changed find their places among the open ones."""
         ranks, known = self._open, self._open_as
         for name, node in self._changed.items():
-            level, until = len(node.free_devices) + node.idle_devices, node.loads_until
-            old, before = known.get(name, (-1, 0.0))
-            if old == level and before == until:
+            free, until = len(node.free_devices), node.loads_until
+            level = free + node.idle_devices
+            now = level, free, until
+            old, once, before = was = known.get(name, (-1, 0, 0.0))
+            if was == now:
                 continue
             while len(ranks) <= level:
                 ranks.append(Ranked())
-            for ranked in ranks[old + 1 if before == until else 0 : level + 1]:
-                ranked.add(name, until)
-            for ranked in ranks[level + 1 : old + 1]:
-                ranked.discard(name)
-            known[name] = level, until
+            for devices in range(level + 1):
+                if before != until or devices > old or (once < devices) != (free < devices):
+                    ranks[devices].add(name, (until, free < devices))
+            for devices in range(level + 1, old + 1):
+                ranks[devices].discard(name)
+            known[name] = now
         self._changed.clear()
 
     # Models that are short of instances
@@ -216,3 +262,8 @@ class Inventory:
     def short(self) -> dict[tuple[int, int], Ranked[str]]:
         """By need (devices, bytes): the models that want an instance and got none, longest wait first."""
         return self._short
+
+
+def _source(spec: NodeSpec) -> float:
+    """Bytes a second of the slower of the two places that models come from."""
+    return min(spec.remote_bytes_per_second, spec.disk_bytes_per_second)

@@ -10,17 +10,26 @@ Pure. Costs 0.2 us a message. Taught in chapter 08.
 
 from __future__ import annotations
 
+from math import inf
+from typing import Any
+
 from msgspec import Struct
 
+from sllm_mini.errors import SllmError
 from sllm_mini.types import Tier, Warmth
 
 
-class ModelSpec(Struct, frozen=True, kw_only=True):
+class SpecError(SllmError, ValueError):
+    """Figures that no model, node or simulation can have; the sentence names the field and what to give."""
+
+
+class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A model, or a function of a FaaS platform (`devices=0`: it needs only memory).
 
     `nbytes` are its weights; `devices` how many it takes, whole. `concurrency` requests run at once in one instance.
     Instances of one `runtime` share what is warm up to RUNTIME. Seconds are first guesses, corrected by what is observed:
-    the rungs PROCESS, RUNTIME and READY of the ladder (the rungs between are bytes over a bandwidth).
+    the rungs PROCESS, RUNTIME and READY of the ladder (the rungs between are bytes over a bandwidth). Raises SpecError for
+    figures that no model can have. Costs 2 us.
     """
 
     name: str
@@ -38,10 +47,15 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     prefill_seconds_per_token: float = 0.0
     decode_seconds_per_token: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check(self, "model", _MODEL_NAMES, _MODEL_WHOLE, _MODEL_SECONDS)
+        if self.max_instances < self.min_instances:
+            raise SpecError(f"the model {self.name!r} always has {self.min_instances} instances and {self.max_instances} at most; give min_instances no larger than max_instances")
 
-class NodeSpec(Struct, frozen=True, kw_only=True):
+
+class NodeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A machine: whole devices, bytes of memory, and bytes a second from each tier (first guesses). `disk` names the models
-    whose checkpoints lie on it."""
+    whose checkpoints lie on it. Raises SpecError for figures that no machine can have. Costs 2 us."""
 
     name: str
     devices: int
@@ -50,6 +64,42 @@ class NodeSpec(Struct, frozen=True, kw_only=True):
     disk_bytes_per_second: float
     dram_bytes_per_second: float
     disk: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(self, "node", ("name",), _NODE_WHOLE, ())
+        for field in _NODE_RATES:
+            rate = getattr(self, field)
+            if not _is_number(rate) or not 0 < rate < inf:
+                raise SpecError(f"the node {self.name!r} has {field} {rate!r}; give a number above 0")
+        if type(self.disk) is not tuple or not {str}.issuperset(map(type, self.disk)):
+            raise SpecError(f"the node {self.name!r} has on its disk {self.disk!r}; give a tuple of names of models")
+
+
+_MODEL_NAMES = ("name", "runtime")
+_MODEL_WHOLE = (("nbytes", 0), ("devices", 0), ("concurrency", 1), ("min_instances", 0), ("max_instances", 1), ("process_nbytes", 0), ("runtime_nbytes", 0))
+_MODEL_SECONDS = ("process_seconds", "runtime_seconds", "ready_seconds", "prefill_seconds_per_token", "decode_seconds_per_token")
+_NODE_WHOLE = (("devices", 0), ("dram_nbytes", 0))
+_NODE_RATES = ("remote_bytes_per_second", "disk_bytes_per_second", "dram_bytes_per_second")
+
+
+def _check(spec: Any, what: str, names: tuple[str, ...], whole: tuple[tuple[str, int], ...], seconds: tuple[str, ...]) -> None:
+    """Raises SpecError for the first field that cannot be: what a reader of JSON has typed, a caller of Python has not."""
+    for field in names:
+        text = getattr(spec, field)
+        if type(text) is not str or not text or not text.isprintable() or text != text.strip():
+            raise SpecError(f"a {what} has the {field} {text!r}; name it in printable text without spaces around it")
+    for field, least in whole:
+        number = getattr(spec, field)
+        if type(number) is not int or number < least:
+            raise SpecError(f"the {what} {spec.name!r} has {field} {number!r}; give a whole number of {least} or more")
+    for field in seconds:
+        number = getattr(spec, field)
+        if not _is_number(number) or not 0 <= number < inf:
+            raise SpecError(f"the {what} {spec.name!r} has {field} {number!r}; give a number of 0 or more")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or type(value) is int
 
 
 class Event(Struct, frozen=True, gc=False, tag=True):
@@ -119,13 +169,14 @@ class RequestCancelled(Event, frozen=True, gc=False):
 
 class InstanceReached(Event, frozen=True, gc=False):
     """A start has climbed to its target. `seconds` it took, of which `queued_seconds` waiting for the node's loads before
-    it; `tier` is where the weights were read from."""
+    it, and `load_seconds`, where known, moving the weights; `tier` is where they were read from."""
 
     instance: int
     tier: Tier
     seconds: float
     queued_seconds: float
     epoch: int
+    load_seconds: float | None = None
 
 
 class InstanceFailed(Event, frozen=True, gc=False):

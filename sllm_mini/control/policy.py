@@ -8,7 +8,7 @@ Pure. Taught in chapters 08, 09 and 10.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from msgspec import Struct
 
@@ -44,8 +44,28 @@ class Plan(Struct, frozen=True):
     estimate_seconds: float = 0.0
 
 
+@runtime_checkable
+class Forgetting(Protocol):
+    """A placement, keep-alive, autoscaler or estimator that learns of each model offers this too, or what it knows grows with
+    every model there ever was."""
+
+    def on_delete(self, model: ModelState) -> None:
+        """A deleted model has nothing left: no request, no instance. One of its name that comes later is another."""
+        ...
+
+
+@runtime_checkable
+class Harmless(Protocol):
+    """A placement whose plans move or preempt offers this too, or it is without a plan where it may do neither: when somebody
+    was just preempted, when an instance is only pre-warmed, when a request could not be moved again and again."""
+
+    def choose_harmless(self, model: ModelState, cluster: Cluster, now: float) -> Plan | None:
+        """As `Placement.choose_node`, without `moves` and `preempted`."""
+        ...
+
+
 class Placement(Protocol):
-    """Where. Both may be called at any time and change nothing."""
+    """Where. Both may be called at any time and change nothing. See also `Harmless` and `Forgetting`."""
 
     def choose_instance(self, model: ModelState, request: RequestState, cluster: Cluster, now: float) -> InstanceState | None:
         """Which of `model.open` (never empty here) takes the request; None leaves it queued."""
@@ -58,8 +78,10 @@ class Placement(Protocol):
 
 class Prewarm(Struct, frozen=True, gc=False):
     """At `at`, as many instances as it takes to have `count` idle ones for `model` that are as warm as `warmth` (those that climb to
-    it count). Below DRAM, `model` only names the runtime. A later one for the same model and warmth takes the place of one
-    that is not due yet. What there is no room for is not started, and nothing is made to give way."""
+    it count). Below DRAM, `model` only names the runtime. A later answer for the same model and warmth takes the place of
+    one that is not due yet, whichever is sooner, and a `count` of 0 cancels it: so a request that came before the instance
+    that was to be there for it. `max_instances` bound it. What there is no room for is not started, and nothing is made to
+    give way."""
 
     at: float
     model: str
@@ -77,7 +99,8 @@ class Stay(Struct, frozen=True, gc=False):
 
 
 class KeepAlive(Protocol):
-    """How long, and what is kept ready before anybody asks. A model's `min_instances` stay READY whatever it says."""
+    """How long, and what is kept ready before anybody asks. A model's `min_instances` stay READY whatever it says. See also
+    `Forgetting`."""
 
     def on_deploy(self, model: ModelState, cluster: Cluster, now: float) -> Sequence[Prewarm]:
         """A model has come."""
@@ -88,11 +111,12 @@ class KeepAlive(Protocol):
         ...
 
     def stay(self, instance: InstanceState, cluster: Cluster, now: float) -> Stay:
-        """An instance became idle at its warmth, now."""
+        """An instance became idle at its warmth, now, or the least that its model is to have ready was lowered."""
         ...
 
     def rank(self, instance: InstanceState, cluster: Cluster, now: float) -> float:
-        """Who gives way first when room is needed: the lowest. Asked once, when the instance becomes idle."""
+        """Who gives way first when room is needed: the lowest. Asked when it comes to rest at a warmth; `now` is when it became idle, at
+        whatever warmth it was then."""
         ...
 
     def gave_way(self, instance: InstanceState, rank: float, now: float) -> Stay:
@@ -104,7 +128,8 @@ class KeepAlive(Protocol):
 class Autoscaler(Protocol):
     """How many. `tick_seconds` None: asked only when a request arrives or an instance is lost; else also at each tick while the
     model has requests or instances. With `scales_down`, idle instances above what it desires descend at a tick, whatever the
-    keep-alive says; else only the keep-alive lets an instance go. A request that has queued `queue_seconds` is refused."""
+    keep-alive says; else only the keep-alive lets an instance go. A request that has queued `queue_seconds` is refused. See
+    also `Forgetting`."""
 
     @property
     def tick_seconds(self) -> float | None: ...
@@ -118,7 +143,8 @@ class Autoscaler(Protocol):
         ...
 
     def desired(self, model: ModelState, now: float) -> int:
-        """How many instances it should have, ready and starting together, within what its spec allows. `model.queue` is a deque
+        """How many instances it should have, ready and starting together, from 0 up to its `max_instances`; `min_instances`
+        there are in any case. `model.queue` is a deque
         of those that wait, `model.running` a count."""
         ...
 

@@ -33,7 +33,7 @@ class Ranked(Generic[K]):
     def __contains__(self, key: K) -> bool:
         return key in self._rank
 
-    def add(self, key: K, rank: float) -> None:
+    def add(self, key: K, rank: Any) -> None:
         """Also changes the rank of a key that is there."""
         self._rank[key] = rank
         self._noted[key] = None

@@ -58,13 +58,13 @@ def restored(
         for name in ("warmth", "target", "then"):
             row[name] = Warmth(row[name])
         tier = row["reached_from"]
-        row |= {"spec": convert(row["spec"], ModelSpec), "devices": tuple(row["devices"]), "reached_from": None if tier is None else Tier(tier)}
+        row |= {"spec": convert(row["spec"], ModelSpec), "devices": tuple(row["devices"]), "links": tuple(row["links"]), "reached_from": None if tier is None else Tier(tier)}
         instances[row["id"]] = InstanceState(**row)
     nodes: dict[str, NodeState] = {}
     for name, row in data["nodes"].items():
         cached = {model: Tier(tier) for model, tier in row["cached"].items()}
         here = {id: instances[id] for id in row["instances"]}
-        nodes[name] = NodeState(**{**row, "spec": convert(row["spec"], NodeSpec), "cached": cached, "instances": here})
+        nodes[name] = NodeState(**{**row, "spec": convert(row["spec"], NodeSpec), "cached": cached, "instances": here, "loading": dict.fromkeys(row["loading"])})
     models: dict[str, ModelState] = {}
     for name, row in data["models"].items():
         row = dict(row)

@@ -56,7 +56,8 @@ class InstanceState:
     """One process on one node: how warm it is, or (`target` above `warmth`) what it is climbing to.
 
     With a model from DRAM up, with a runtime from RUNTIME up; with `devices` while it is, or climbs to, DEVICE or READY.
-    `idle_since` is None while it climbs, runs requests, or is kept for requests that move here. `spec` is what it was last
+    `idle_since` is None while it climbs, runs requests, or is kept for requests that move here; to descend is no use, so it is
+    idle since before. `spec` is what it was last
     started by: what it holds and how many requests it takes go by that, also when the model is deployed anew.
     """
 
@@ -81,7 +82,7 @@ class InstanceState:
     then: Warmth = Warmth.COLD
     """How warm it is after that."""
     rank: float = 0.0
-    """Who gives way first: the lowest. As its keep-alive policy said when it became idle."""
+    """Who gives way first: the lowest. As its keep-alive policy said when it came to rest at this warmth; 0 since it was used again."""
     timer: int | None = None
     uses: int = 0
     started: float = 0.0
@@ -89,6 +90,10 @@ class InstanceState:
     """Of its last start."""
     parts: int = 1
     """How many nodes fetch a share of it."""
+    links: tuple[str, ...] = ()
+    """The nodes over whose links its weights come, while it climbs."""
+    rested: float | None = None
+    """When it became idle, also while a plan that may be given up keeps it; None since it was used again."""
     reached_from: Tier | None = None
 
     @property
@@ -119,7 +124,10 @@ class NodeState:
     climbing: int = 0
     """Instances that are starting here."""
     loads_until: float = 0.0
-    """When the loads that were started here should be over (an estimate): the queue `q` of a load that comes now."""
+    """When the loads that were started here should be over (an estimate): the queue `q` of a load that comes now. 0: nothing is
+    loaded, or it should be over already."""
+    loading: dict[int, None] = field(default_factory=dict)
+    """Instances whose weights, or a part of them, come over its link."""
     cached: dict[str, Tier] = field(default_factory=dict)
     """Models in this node's store, with the fastest tier: DISK or DRAM. Absent: only REMOTE has them."""
     instances: dict[int, InstanceState] = field(default_factory=dict)

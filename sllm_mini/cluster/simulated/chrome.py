@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from sllm_mini.cluster.simulated.account import InstanceSpan
+from sllm_mini.cluster.trace.file import published_file
 
 
 def write_chrome_trace(path: str | os.PathLike[str], spans: Iterable[InstanceSpan]) -> int:
-    """Writes the file and returns the number of spans in it. Raises OSError."""
+    """Writes the file, whole or not at all, and returns the number of spans in it. Raises WriteError."""
     number = 0
-    with Path(path).open("w", encoding="utf-8") as file:
-        file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
+    with published_file(Path(path)) as file:
+        file.write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
         separator = ""
         for event in _events(spans):
-            file.write(separator + json.dumps(event, ensure_ascii=False))
+            file.write((separator + json.dumps(event, ensure_ascii=False)).encode())
             separator = ",\n"
             number += event["ph"] == "X"
-        file.write("\n]}\n")
+        file.write(b"\n]}\n")
     return number
 
 

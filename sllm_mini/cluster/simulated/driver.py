@@ -73,7 +73,7 @@ class SimulatedCluster(Serving):
         self._joined = 0
         self._closed = False
         models = list(models)
-        self._unknown = Model(ModelSpec(name="", nbytes=0), -1)
+        self._unknown = Model(ModelSpec(name="unknown", nbytes=0), -1)
         for spec in models:  # known before the nodes, whose disks name them
             self._deploy(spec)
         for node in nodes:

@@ -90,18 +90,17 @@ class Machines(ABC):
         self._take_devices(instance, action.devices, now)
         self._hold(instance, max(held_nbytes(spec, action.warmth), held_nbytes(spec, action.target)), now)
         instance.spec, instance.epoch, instance.target = spec, action.epoch, action.target
-        instance.began, instance.climbed_from = now, action.warmth
+        instance.began = instance.drawn = now
+        instance.climbed_from = action.warmth
         if action.target >= _DRAM:
             instance.model = self._models[action.model]
         instance.slot = slot(action.target, CLIMBING)
         self.account.starts[action.warmth] += 1
         process = spec.process_seconds if action.warmth < _PROCESS <= action.target else 0.0
         runtime = spec.runtime_seconds if action.warmth < _RUNTIME <= action.target else 0.0
-        self._span(instance, "process", _PROCESS, now, now + process)
-        self._span(instance, "runtime", _RUNTIME, now + process, now + process + runtime)
         stored = action.warmth < _DRAM <= action.target and not action.parts
         tier = node.store.lease(spec.name) if stored else _DRAM_TIER if action.warmth == _DRAM else action.tier
-        load = Load(instance, spec, tier, action.parts, stored, now + process + runtime)
+        load = Load(instance, spec, tier, action.parts, stored, now + process, now + process + runtime)
         heappush(self._heap, (load.asked, RUNG, self._tick(), load, 0))
 
     def _climbed_to_load(self, load: Load, now: float) -> None:
@@ -109,7 +108,11 @@ class Machines(ABC):
         if not load.wanted:
             if load.stored:
                 load.node.store.release(load.spec.name, load.tier)
-        elif load.instance.target < _DRAM:
+            return
+        self._span(load.instance, "process", _PROCESS, load.instance.began, load.in_process)
+        self._span(load.instance, "runtime", _RUNTIME, load.in_process, now)
+        load.instance.drawn = now
+        if load.instance.target < _DRAM:
             self._reached(load, now)
         elif load.instance.warmth >= _DEVICE:
             self._make_ready(load, now)
@@ -142,10 +145,12 @@ class Machines(ABC):
         spec, node = load.spec, load.node
         self._split.pop(load.instance.id, None)
         begin = load.asked + load.queued_seconds
+        load.load_seconds = now - begin
         if load.wanted:
             self.account.loads[load.tier] += 1
             self._span(load.instance, "queue", _DRAM, load.asked, begin)
             self._span(load.instance, "load", min(load.instance.target, _DEVICE), begin, now)
+            load.instance.drawn = now
             self._make_ready(load, now)
         if load.stored and self._nodes.get(node.spec.name) is node:
             for name, tier, there in list(node.store.loaded(spec.name, spec.nbytes, load.tier, now - begin, now)):
@@ -154,17 +159,17 @@ class Machines(ABC):
     def _make_ready(self, load: Load, now: float) -> None:
         """The weights are there; what is left is the rung READY, if that is where it climbs to."""
         seconds = load.spec.ready_seconds if load.instance.target == _READY else 0.0
-        self._span(load.instance, "ready", _READY, now, now + seconds)
         heappush(self._heap, (now + seconds, READY, self._tick(), load, 0))
 
     def _reached(self, load: Load, now: float) -> None:
         instance = load.instance
         if load.wanted:
+            self._span(instance, "ready", _READY, instance.drawn, now)
             self._count(instance, now)
             instance.warmth = instance.target
             self._hold(instance, held_nbytes(load.spec, instance.warmth), now)
             instance.slot = slot(instance.warmth, IDLE)
-            self._tell(InstanceReached(instance.id, load.tier, now - instance.began, load.queued_seconds, instance.epoch), now)
+            self._tell(InstanceReached(instance.id, load.tier, now - instance.began, load.queued_seconds, instance.epoch, load.load_seconds), now)
 
     # Descending
 
@@ -178,6 +183,7 @@ class Machines(ABC):
     def _fall(self, instance: Instance, warmth: Warmth, now: float) -> None:
         """It keeps what `warmth` holds; at COLD it is gone."""
         self._count(instance, now)
+        self._count_unused(instance, now)
         node = instance.node
         if warmth < _DEVICE and instance.ndevices:
             self._count_free(node, node.free_devices + instance.ndevices, now)
@@ -203,9 +209,21 @@ class Machines(ABC):
             place = instance.slot
             self.account.gpu_seconds[place] += instance.ndevices * seconds
             self.account.byte_seconds[place] += instance.held_nbytes * seconds
-            if self.spans is not None and place % len(MODES) == IDLE:
+            mode = place % len(MODES)
+            if mode == CLIMBING:
+                instance.unused_gpu_seconds += instance.ndevices * seconds
+                instance.unused_byte_seconds += instance.held_nbytes * seconds
+            elif mode == IDLE and self.spans is not None:
                 self._span(instance, "idle", instance.warmth, instance.since, now)
             instance.since = now
+
+    def _count_unused(self, instance: Instance, now: float) -> None:
+        """What its climbs held since it last ran a request was for nothing; one that still goes on is cut off here."""
+        if instance.target > instance.warmth:
+            self._span(instance, "cut", min(instance.target, _DEVICE), instance.drawn, now)
+        self.account.unused_climb_gpu_seconds += instance.unused_gpu_seconds
+        self.account.unused_climb_byte_seconds += instance.unused_byte_seconds
+        instance.unused_gpu_seconds = instance.unused_byte_seconds = 0.0
 
     def _count_free(self, node: Node, free: int, now: float) -> None:
         self.account.free_gpu_seconds += node.free_devices * (now - node.free_since)
@@ -238,6 +256,7 @@ class Machines(ABC):
         """Counts everything up to the end."""
         for instance in self._instances.values():
             self._count(instance, now)
+            self._count_unused(instance, now)
         for node in self._nodes.values():
             self._count_free(node, node.free_devices, now)
             self.account.total_gpu_seconds += node.spec.devices * (now - node.joined)

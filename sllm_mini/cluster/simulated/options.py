@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Literal
+from typing import Literal, get_args
 
+from sllm_mini.control.messages import SpecError
 from sllm_mini.eviction import LRU, Policy
 
 Links = Literal["node", "link", "shared"]
@@ -14,7 +15,7 @@ Keep = Literal["everything", "requests", "summary"]
 
 @dataclass(frozen=True, slots=True)
 class SimulationOptions:
-    """Raises ValueError for what no machine can do.
+    """Raises SpecError, a ValueError, for what no machine can do.
 
     `links`: loads wait for each other in one queue per node (ServerlessLLM), in one queue per node and link, or share each
     link evenly. `store_dram_nbytes` and `store_disk_nbytes` are what a node's store may cache of models, beside the memory
@@ -42,13 +43,24 @@ class SimulationOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.links not in ("node", "link", "shared") or self.keep not in ("everything", "requests", "summary"):
-            raise ValueError(f'links are "node", "link" or "shared", keep is "everything", "requests" or "summary"; not {self.links!r} and {self.keep!r}')
-        if any(nbytes is not None and nbytes < 0 for nbytes in (self.store_dram_nbytes, self.store_disk_nbytes)):
-            raise ValueError("a store caches 0 bytes or more; give None for no limit")
+        for field, choices in (("links", get_args(Links)), ("keep", get_args(Keep))):
+            if getattr(self, field) not in choices:
+                raise SpecError(f"{field} is {getattr(self, field)!r}; give {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}")
+        for field in ("store_dram_nbytes", "store_disk_nbytes"):
+            nbytes = getattr(self, field)
+            if nbytes is not None and not (type(nbytes) is int and nbytes >= 0):
+                raise SpecError(f"{field} is {nbytes!r}; give a whole number of 0 or more, or None for no limit")
+        if not isinstance(self.eviction, Policy):
+            raise SpecError(f"eviction is {self.eviction!r:.60}; give a policy of sllm_mini.eviction")
         if self.eviction.prefix_nbytes is not None:
-            raise ValueError(f"the eviction policy {self.eviction.name!r} keeps parts of models, and a simulated store keeps whole ones; choose another")
-        if not (0 <= self.batch_slowdown < inf and 0 <= self.move_seconds < inf and 0 <= self.jitter < inf and 0 <= self.until < inf):
-            raise ValueError("batch_slowdown, move_seconds, jitter and until are 0 or more")
-        if self.move_gap_tokens < 0 or not self.patience_seconds > 0:
-            raise ValueError("move_gap_tokens is 0 or more, patience_seconds above 0")
+            raise SpecError(f"the eviction policy {self.eviction.name!r} keeps parts of models, and a simulated store keeps whole ones; choose another")
+        for field in ("batch_slowdown", "move_seconds", "jitter", "until", "patience_seconds"):
+            seconds = getattr(self, field)
+            if not (isinstance(seconds, int | float) and 0 <= seconds < inf):
+                raise SpecError(f"{field} is {seconds!r}; give a number of 0 or more")
+        if not self.patience_seconds:
+            raise SpecError("patience_seconds is 0; give a number above 0")
+        for field in ("move_gap_tokens", "seed"):
+            number = getattr(self, field)
+            if not (type(number) is int and number >= 0):
+                raise SpecError(f"{field} is {number!r}; give a whole number of 0 or more")

@@ -55,10 +55,12 @@ class Node:
 
 class Instance:
     """`slot` says what its time is counted as (see `account`), since `since`. `runs` are the requests it computes for;
-    `active` counts them and those that are moving here. `spec` is the last model's, `model` None without weights."""
+    `active` counts them and those that are moving here. `spec` is the last model's, `model` None without weights.
+    `drawn` is until when the spans of its climb are drawn. `unused_gpu_seconds` and `unused_byte_seconds` are what its climbs have held since it last ran a request."""
 
     __slots__ = (
-        "active", "alive", "began", "climbed_from", "devices", "epoch", "held_nbytes", "id", "model", "ndevices", "node", "runs", "since", "slot", "spec", "target", "warmth",
+        "active", "alive", "began", "climbed_from", "devices", "drawn", "epoch", "held_nbytes", "id", "model", "ndevices", "node", "runs", "since", "slot", "spec", "target",
+        "unused_byte_seconds", "unused_gpu_seconds", "warmth",
     )  # fmt: skip
 
     def __init__(self, number: int, node: Node, now: float) -> None:
@@ -78,7 +80,10 @@ class Instance:
         self.since = now
         self.slot = 0
         self.began = now
+        self.drawn = now
         self.climbed_from = Warmth.COLD
+        self.unused_gpu_seconds = 0.0
+        self.unused_byte_seconds = 0.0
 
 
 class Run:
@@ -161,12 +166,14 @@ class Run:
 
 
 class Load:
-    """One climb of an instance: the bytes on their way to it, of which `parts` shares are still missing. `stored`: through
-    the node's store, from `tier` of it. `sources` are the nodes that fetch a share, if several do."""
+    """One climb of an instance: its process is there at `in_process`, its libraries when the bytes are `asked` for; then they are on
+    their way to it, and `parts` shares of them are still missing. `stored`: through
+    the node's store, from `tier` of it. `sources` are the nodes that fetch a share, if several do. `queued_seconds` passed
+    before any byte moved, `load_seconds` from then until the last."""
 
-    __slots__ = ("asked", "epoch", "instance", "node", "parts", "queued_seconds", "sources", "spec", "stored", "tier")
+    __slots__ = ("asked", "epoch", "in_process", "instance", "load_seconds", "node", "parts", "queued_seconds", "sources", "spec", "stored", "tier")
 
-    def __init__(self, instance: Instance, spec: ModelSpec, tier: Tier, sources: tuple[str, ...], stored: bool, asked: float) -> None:
+    def __init__(self, instance: Instance, spec: ModelSpec, tier: Tier, sources: tuple[str, ...], stored: bool, in_process: float, asked: float) -> None:
         self.instance = instance
         self.epoch = instance.epoch
         self.node = instance.node
@@ -176,6 +183,8 @@ class Load:
         self.parts = len(sources) or 1
         self.stored = stored
         self.queued_seconds = 0.0
+        self.load_seconds = 0.0
+        self.in_process = in_process
         self.asked = asked
 
     @property

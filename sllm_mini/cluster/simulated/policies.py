@@ -27,18 +27,22 @@ class Policies:
 
 
 def make_policies(where: Placement | str, how_long: KeepAlive | str, how_many: Autoscaler | str, estimator: Estimator) -> Policies:
-    """New policies for names, given ones as they are. Raises SllmError for a name that nobody has."""
+    """New policies for names, given ones as they are. Raises SllmError for a name that nobody has, and for what is no policy."""
     roles = {"placement": where, "keep_alive": how_long, "autoscaler": how_many}
     return Policies(
-        _made("placement", where, placement.POLICIES, estimator),
-        _made("keep-alive", how_long, keepalive.POLICIES),
-        _made("autoscaler", how_many, autoscale.POLICIES),
+        _made("placement", where, placement.POLICIES, Placement, estimator),
+        _made("keep-alive", how_long, keepalive.POLICIES, KeepAlive, estimator),
+        _made("autoscaler", how_many, autoscale.POLICIES, Autoscaler),
         {role: given if isinstance(given, str) else type(given).__name__ for role, given in roles.items()},
     )
 
 
-def _made(role: str, given: Any, registry: Mapping[str, Any], *arguments: Any) -> Any:
+def _made(role: str, given: Any, registry: Mapping[str, Any], protocol: type, *arguments: Any) -> Any:
     if not isinstance(given, str):
+        missing = [name for name in vars(protocol) if not name.startswith("_") and not hasattr(given, name)]
+        if missing or isinstance(given, type):
+            lacks = f", which has no {missing[0]}" if missing else ", a class"
+            raise SllmError(f"the {role} policy is {given!r:.60}{lacks}; give a name ({', '.join(registry)}) or a policy made of a class")
         return given
     if given not in registry:
         raise SllmError(f"there is no {role} policy {given!r}; choose one of {', '.join(registry)}")

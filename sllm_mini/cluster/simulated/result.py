@@ -13,7 +13,7 @@ from typing import Any
 from msgspec import to_builtins
 
 from sllm_mini.cluster.simulated.account import Account, InstanceSpan
-from sllm_mini.cluster.simulated.summary import ModelSummary, Spread, as_row
+from sllm_mini.cluster.simulated.summary import ModelSummary, Spread, as_row, without_nan
 from sllm_mini.cluster.simulated.table import RequestTable
 from sllm_mini.types import Tier, Warmth
 
@@ -67,8 +67,9 @@ class SimulationResult:
     def event_count(self) -> int:
         return sum(self.events.values())
 
-    def totals(self) -> dict[str, float | int]:
-        """One row of a table that compares policies. Seconds, GPU-seconds and MB-seconds as the names say; none that is NaN."""
+    def totals(self) -> dict[str, Any]:
+        """One row of a table that compares policies, always of the same keys: numbers, None for those that no request gave (no
+        percentile of nothing). Seconds, GPU-seconds and MB-seconds of host memory as the names say."""
         account = self.account
         held = account.total_gpu_seconds - account.free_gpu_seconds
         row = {
@@ -77,10 +78,11 @@ class SimulationResult:
             **{f"{name}_{key}": value for name, spread in self._spreads() for key, value in as_row(spread).items()},
             "starts": sum(account.starts), "migrations": account.migrations, "preemptions": account.preemptions,
             "gpu_seconds_total": account.total_gpu_seconds, "gpu_seconds_held": held, "gpu_seconds_idle": account.idle_gpu_seconds,
-            "mb_seconds_idle": account.idle_mb_seconds, "in_system_mean": self.mean_in_system, "seconds": self.seconds,
+            "gpu_seconds_unused_climbs": account.unused_climb_gpu_seconds, "mb_seconds_idle": account.idle_mb_seconds,
+            "mb_seconds_unused_climbs": account.unused_climb_byte_seconds * 1e-6, "in_system_mean": self.mean_in_system, "seconds": self.seconds,
             "events": self.event_count, "events_per_request": self.event_count / self.arrived if self.arrived else math.nan, "wall_seconds": self.wall_seconds,
         }  # fmt: skip
-        return {name: value for name, value in row.items() if not math.isnan(value)}
+        return without_nan(row)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but rows and spans, as JSON has it."""
@@ -112,4 +114,4 @@ def _model_row(model: ModelSummary) -> dict[str, Any]:
         "wait_seconds_mean": model.wait_seconds_mean, "latency_seconds_mean": model.latency_seconds_mean,
         **{f"first_token_{name}": value for name, value in as_row(model.first_token_seconds).items()},
     }  # fmt: skip
-    return {name: value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
+    return without_nan(row)

@@ -7,17 +7,20 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from sllm_mini.cluster.simulated.checks import MisfitWarning, deployments, listed, misfits, passing, scheduled
 from sllm_mini.cluster.simulated.driver import SimulatedCluster
 from sllm_mini.cluster.simulated.options import SimulationOptions
+from sllm_mini.cluster.simulated.parts import SimulationError
 from sllm_mini.cluster.simulated.policies import make_policies
 from sllm_mini.cluster.simulated.result import SimulationResult
 from sllm_mini.cluster.trace.request import TraceRequest
 from sllm_mini.control.controller import Controller
 from sllm_mini.control.estimate import Estimator
-from sllm_mini.control.messages import AnyEvent, ModelSpec, NodeSpec
+from sllm_mini.control.messages import AnyEvent, ModelSpec, NodeSpec, SpecError
 from sllm_mini.control.policy import Autoscaler, KeepAlive, Placement
 from sllm_mini.control.replay import Recorder
 
@@ -33,7 +36,11 @@ def even_cluster(
     disk: Iterable[str] = (),
 ) -> list[NodeSpec]:
     """So many equal machines, node-0000 and on; `disk` names models whose checkpoints lie on each. The rates are those of a
-    10 Gbit/s network, one NVMe drive and PCIe 4, as data sheets have them."""
+    10 Gbit/s network, one NVMe drive and PCIe 4, as data sheets have them. Raises SpecError for figures that cannot be."""
+    if type(nodes) is not int or nodes < 1:
+        raise SpecError(f"a cluster of {nodes!r} nodes cannot be; give a whole number of 1 or more")
+    if isinstance(disk, str):
+        raise SpecError(f"the nodes have on their disks {disk!r}; give a list of names of models")
     held = tuple(disk)
     return [
         NodeSpec(
@@ -62,16 +69,22 @@ def simulate(
 
     `events` happen beside it: nodes lost and joined, models deployed and deleted, requests cancelled, instances failed.
     `log` is given each line of an event log for `replay`. `on_progress(requests, seconds)` is called now and then. A
-    placement that estimates must be made with the same `estimator`. The same arguments give the same result. Raises
-    SimulationError for a trace that is out of order and for a controller that asks for what is not there.
+    placement that estimates must be made with the same `estimator`. The same arguments give the same result. Warns
+    (MisfitWarning) of models that fit no node. Raises SimulationError for a trace that is out of order, for arguments of
+    another kind or with a name twice, and for a controller that asks for what is not there.
     """
     began = time.perf_counter()
+    nodes, models, events = listed(nodes, NodeSpec, "node"), listed(models, ModelSpec, "model"), scheduled(events)
+    if not isinstance(options, SimulationOptions | None):
+        raise SimulationError(f"the options are {options!r:.60}; give SimulationOptions")
+    for sentence in misfits(*deployments(nodes, models, events)):
+        warnings.warn(sentence, MisfitWarning, stacklevel=2)
     if estimator is None:
         estimator = Estimator()
     policies = make_policies(placement, keep_alive, autoscaler, estimator)
     controller = Controller(policies.placement, policies.keep_alive, policies.autoscaler, estimator)
     cluster = SimulatedCluster(controller if log is None else Recorder(controller, log), nodes, models, options)
-    cluster.run(trace, events, on_progress)
+    cluster.run(passing(trace), events, on_progress)
     return result_of(cluster, policies.names, estimator.errors(), time.perf_counter() - began)
 
 

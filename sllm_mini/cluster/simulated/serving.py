@@ -52,6 +52,7 @@ class Serving(Machines):
         if not instance.active:
             self._count(instance, now)
             instance.slot = READY_BUSY
+        instance.unused_gpu_seconds = instance.unused_byte_seconds = 0.0
         instance.active += 1
         run.version += 1
         self._go_on(run, instance, now)
@@ -146,6 +147,7 @@ class Serving(Machines):
         run.resume(tokens, recomputed=True)
         run.instance, run.entered, run.since, run.rate = target, now, now, 1.0
         target.runs[run.id] = run
+        target.unused_gpu_seconds = target.unused_byte_seconds = 0.0
         run.migrations += 1
         self.account.migrations += 1
         self.account.moved_seconds += now - run.moved_at
@@ -158,6 +160,7 @@ class Serving(Machines):
         target, run.moving = run.moving, None
         self.account.failed_migrations += 1
         if target is not None and target.alive:
+            self._span(target, "held", Warmth.READY, run.moved_at, now, run.id)
             self._less(target, now)
         if run.paused:
             run.paused, run.since = False, now

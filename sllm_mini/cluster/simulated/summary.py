@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
@@ -131,6 +131,11 @@ def _nothing() -> Spread:
 
 
 def as_row(spread: Spread) -> Mapping[str, float]:
-    """With units in the keys, for JSON; None where there is nothing."""
+    """With units in the keys; NaN where there is nothing."""
     row = {"mean": spread.mean, "p50": spread.p50, "p90": spread.p90, "p95": spread.p95, "p99": spread.p99, "max": spread.largest}
-    return {f"seconds_{name}": value for name, value in row.items() if not math.isnan(value)}
+    return {f"seconds_{name}": value for name, value in row.items()}
+
+
+def without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The same keys, None (null in JSON) for what there is no figure of."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}

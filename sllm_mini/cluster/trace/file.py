@@ -84,7 +84,7 @@ def write_trace(path: str | os.PathLike[str], trace: Trace, *, overwrite: bool =
     if not overwrite and os.path.lexists(target):
         raise CheckpointExistsError("it exists already; choose another path or ask to overwrite it", path=target)
     write = _write_csv if spelling == ".csv" else _write_jsonl
-    with _published(target) as binary, _text(binary, target) as file:
+    with published_file(target) as binary, _text(binary, target) as file:
         return write(file, trace.label, checked(trace))
 
 
@@ -107,7 +107,7 @@ def _read_label(lines: Lines, spelling: str) -> TraceLabel:
             version, _, text = line.removeprefix(_CSV_MARK).partition(" ")
             label = msgspec.json.decode(text, type=TraceLabel) if version == str(VERSION) else None  # type: ignore[assignment]
         else:
-            raise lines.wrong("it does not begin as a trace of sllm-mini; import a published trace with import_trace")
+            raise lines.wrong("it does not begin as a trace of sllm-mini; import a published one first (`sllm-mini trace import`, or import_trace)")
     except msgspec.DecodeError as error:
         raise lines.wrong(f"the header of the trace is wrong ({error}); write the trace again or mend the line") from error
     if version != str(VERSION):
@@ -190,8 +190,9 @@ def _text(binary: BinaryIO, target: Path) -> Iterator[TextIO]:
 
 
 @contextmanager
-def _published(target: Path) -> Iterator[BinaryIO]:
-    """A hidden file beside `target` that takes its name when the body ends well and is removed otherwise."""
+def published_file(target: Path) -> Iterator[BinaryIO]:
+    """A hidden file beside `target`, open for writing bytes, that takes its name when the body ends well and is removed otherwise:
+    under `target` there is the whole file or what was there before. Raises WriteError for what the file system refuses."""
     hidden = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(hidden, "xb") as file:

@@ -14,55 +14,59 @@ from math import ceil, floor
 from typing import ClassVar
 
 from sllm_mini.control.autoscale.simple import within
+from sllm_mini.control.saveable import Saveable
 from sllm_mini.control.state import ModelState
 
 
+@dataclass(slots=True)
 class Windows:
-    """The mean of a step function over the last seconds: areas at whole seconds, as far back as the longest window."""
+    """The mean of a step function over the last seconds: areas at whole seconds, as far back as the longest window. It is
+    `value` since `since`, and what it was before has the `area`."""
 
-    __slots__ = ("_area", "_areas", "_length", "_since", "_value")
+    length_seconds: int
+    since: float
+    value: float = 0.0
+    area: float = 0.0
+    areas: deque[tuple[float, float]] = field(default_factory=deque)
 
-    def __init__(self, length_seconds: int, now: float) -> None:
-        self._length = length_seconds
-        self._since = now
-        self._value = 0.0
-        self._area = 0.0
-        self._areas: deque[tuple[float, float]] = deque([(now, 0.0)])
+    def __post_init__(self) -> None:
+        if not self.areas:
+            self.areas.append((self.since, self.area))
 
     def advance(self, now: float) -> None:
         """The value that was set last held until now."""
-        second = floor(self._since) + 1
-        if second < floor(now) - self._length:  # nothing changed for longer than anybody looks back
-            start = floor(now) - self._length - 1
-            self._area += self._value * (start - self._since)
-            self._since = start
-            self._areas.clear()
-            self._areas.append((start, self._area))
+        second = floor(self.since) + 1
+        if second < floor(now) - self.length_seconds:  # nothing changed for longer than anybody looks back
+            start = floor(now) - self.length_seconds - 1
+            self.area += self.value * (start - self.since)
+            self.since = start
+            self.areas.clear()
+            self.areas.append((start, self.area))
             second = start + 1
         while second <= now:
-            self._area += self._value * (second - self._since)
-            self._since = second
-            self._areas.append((second, self._area))
+            self.area += self.value * (second - self.since)
+            self.since = second
+            self.areas.append((second, self.area))
             second += 1
-        self._area += self._value * (now - self._since)
-        self._since = now
-        while len(self._areas) > 1 and self._areas[1][0] <= now - self._length:
-            self._areas.popleft()
+        self.area += self.value * (now - self.since)
+        self.since = now
+        while len(self.areas) > 1 and self.areas[1][0] <= now - self.length_seconds:
+            self.areas.popleft()
 
     def set(self, value: float, now: float) -> None:
         self.advance(now)
-        self._value = value
+        self.value = value
 
     def mean(self, seconds: float, now: float) -> float:
         """Over the last `seconds`, from the whole second at which they began on; over less where the record is shorter."""
         self.advance(now)
-        at, area = self._areas[0]
-        for time, value in reversed(self._areas):
+        at, area = self.areas[0]
+        for time, value in reversed(self.areas):
             if time <= now - seconds:
                 at, area = time, value
                 break
         span = now - at
-        return (self._area - area) / span if span > 0 else self._value
+        return (self.area - area) / span if span > 0 else self.value
 
 
 @dataclass(slots=True)
@@ -77,7 +81,7 @@ class _Scaling:
 
 
 @dataclass(slots=True)
-class KnativePodAutoscaler:
+class KnativePodAutoscaler(Saveable):
     """Knative's KPA. `target` is concurrency per instance, of which `utilisation` is aimed at. `max_scale_up` and
     `max_scale_down` bound one decision by a factor of what is ready. From zero the first request starts one instance at once
     (Knative's activator). Its scale-to-zero grace period, which bounds how long networking may take, has no part here."""
@@ -133,6 +137,9 @@ class KnativePodAutoscaler:
             return stable
         known.most = max(known.most, stable, panic)
         return known.most
+
+    def on_delete(self, model: ModelState) -> None:
+        self._models.pop(model.spec.name, None)
 
     def admits(self, model: ModelState, now: float) -> bool:
         return True

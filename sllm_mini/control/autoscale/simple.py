@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from sllm_mini.control.saveable import Saveable
 from sllm_mini.control.state import ModelState
 
 
@@ -39,7 +40,7 @@ class PerRequest:
 
 
 @dataclass(slots=True)
-class TargetConcurrency:
+class TargetConcurrency(Saveable):
     """ServerlessLLM's autoscaler: requests over `target`, rounded up, one instance more at a tick (its public code, which ticks
     once a second; there too an instance goes only when it has been idle as long as its keep-alive says)."""
 
@@ -66,6 +67,9 @@ class TargetConcurrency:
             allowed = there + (wanted > there)
             self._step[model.spec.name] = now, allowed
         return within(model, min(allowed, max(wanted, there)))  # what the keep-alive has let go since then is not started again unasked
+
+    def on_delete(self, model: ModelState) -> None:
+        self._step.pop(model.spec.name, None)
 
     def admits(self, model: ModelState, now: float) -> bool:
         return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from sllm_mini.control.estimate import Estimator
 from sllm_mini.control.keepalive.fixed import Buffered, FixedKeepAlive, Forever
 from sllm_mini.control.keepalive.greedy_dual import GreedyDual
 from sllm_mini.control.keepalive.histogram import HybridHistogram
@@ -18,20 +19,21 @@ from sllm_mini.control.keepalive.snapshot import from_snapshot
 from sllm_mini.control.keepalive.stem_cells import StemCells
 from sllm_mini.control.policy import KeepAlive
 
-POLICIES: Mapping[str, Callable[[], KeepAlive]] = MappingProxyType(
+POLICIES: Mapping[str, Callable[[Estimator], KeepAlive]] = MappingProxyType(
     {
-        "scale-to-zero": lambda: FixedKeepAlive(0.0),
-        "fixed-10min": lambda: FixedKeepAlive(600.0),
-        "fixed-20min": lambda: FixedKeepAlive(1200.0),
-        "forever": Forever,
-        "buffered": lambda: Buffered(FixedKeepAlive(600.0)),
-        "stem-cells": lambda: StemCells(FixedKeepAlive(600.0)),
-        "hybrid-histogram": HybridHistogram,
+        "scale-to-zero": lambda _: FixedKeepAlive(0.0),
+        "fixed-10min": lambda _: FixedKeepAlive(600.0),
+        "fixed-20min": lambda _: FixedKeepAlive(1200.0),
+        "forever": lambda _: Forever(),
+        "buffered": lambda _: Buffered(FixedKeepAlive(600.0)),
+        "stem-cells": lambda _: StemCells(FixedKeepAlive(600.0)),
+        "hybrid-histogram": lambda _: HybridHistogram(),
         "greedy-dual": GreedyDual,
-        "rainbowcake": RainbowCake,
+        "rainbowcake": lambda _: RainbowCake(),
     }
 )
-"""What the command line and the chapters call them; `Clairvoyant`, which needs the future, is made by whoever has it."""
+"""What the command line and the chapters call them, each made with the estimator that the controller teaches; `Clairvoyant`,
+which needs the future, is made by whoever has it."""
 
 __all__ = [
     "POLICIES", "Buffered", "Clairvoyant", "FixedKeepAlive", "Forever", "GreedyDual", "HybridHistogram", "RainbowCake", "StemCells", "from_snapshot",

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
+from typing import ClassVar
 
 from sllm_mini.control.cluster import Cluster
 from sllm_mini.control.policy import KeepAlive, Prewarm, Stay
+from sllm_mini.control.saveable import Saveable
 from sllm_mini.control.state import InstanceState, ModelState
 from sllm_mini.types import Warmth
 
@@ -55,10 +57,11 @@ class Forever(FixedKeepAlive):
 
 
 @dataclass(slots=True)
-class Buffered:
-    """`spare` idle instances more than are at work, started when a request takes one (Azure Premium's pre-warmed instances, as
-    reported); else as `inner` says."""
+class Buffered(Saveable):
+    """`spare` idle instances more than are at work or started for requests that wait, from the first day on and whenever a
+    request takes one (Azure Premium's pre-warmed instances, as reported); else as `inner` says."""
 
+    saved_parts: ClassVar[tuple[str, ...]] = ("inner",)
     inner: KeepAlive
     spare: int = 1
 
@@ -67,10 +70,11 @@ class Buffered:
             raise ValueError(f"a buffer of {self.spare} instances is none; give at least 1")
 
     def on_deploy(self, model: ModelState, cluster: Cluster, now: float) -> Sequence[Prewarm]:
-        return self.inner.on_deploy(model, cluster, now)
+        return [*self.inner.on_deploy(model, cluster, now), Prewarm(now, model.spec.name, Warmth.READY, self.spare)]
 
     def on_arrival(self, model: ModelState, cluster: Cluster, now: float, warmth: Warmth) -> Sequence[Prewarm]:
-        return [*self.inner.on_arrival(model, cluster, now, warmth), Prewarm(now, model.spec.name, Warmth.READY, self.spare)]
+        taken = -(-len(model.queue) // model.spec.concurrency)  # of those that climb, by those who wait
+        return [*self.inner.on_arrival(model, cluster, now, warmth), Prewarm(now, model.spec.name, Warmth.READY, self.spare + taken)]
 
     def stay(self, instance: InstanceState, cluster: Cluster, now: float) -> Stay:
         return self.inner.stay(instance, cluster, now)
@@ -80,3 +84,7 @@ class Buffered:
 
     def gave_way(self, instance: InstanceState, rank: float, now: float) -> Stay:
         return self.inner.gave_way(instance, rank, now)
+
+    def on_delete(self, model: ModelState) -> None:
+        if hasattr(self.inner, "on_delete"):
+            self.inner.on_delete(model)

@@ -14,15 +14,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import ceil, floor
+from typing import ClassVar
 
 from sllm_mini.control.cluster import Cluster
 from sllm_mini.control.policy import Prewarm, Stay
+from sllm_mini.control.saveable import Saveable
 from sllm_mini.control.state import InstanceState, ModelState
 from sllm_mini.types import Warmth
 
 _MINUTE = 60.0
 Forecaster = Callable[[Sequence[float]], float | None]
-"""The next idle time in seconds from those before it, oldest first; None where it cannot say."""
+"""The next idle time in seconds from those before it, oldest first; None where it cannot say. One that remembers more than it
+is given may offer `save` and `restore`, and is saved with the policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +67,11 @@ class IdleTimes:
 
 
 @dataclass(slots=True)
-class HybridHistogram:
+class HybridHistogram(Saveable):
     """`forecaster` answers where most idle times are too long for the histogram (the paper fits an ARIMA); without one, or where it
-    cannot say, the model stays for the whole range."""
+    cannot say, the model stays for the whole range. A request that comes before its pre-warm takes its place."""
 
+    saved_parts: ClassVar[tuple[str, ...]] = ("forecaster",)
     forecaster: Forecaster | None = None
     bins: int = 240
     too_few: int = 10
@@ -77,6 +81,8 @@ class HybridHistogram:
     _idle: dict[str, IdleTimes] = field(default_factory=dict, init=False)
     _ended: dict[str, float] = field(default_factory=dict, init=False)
     _alive_until: dict[str, float] = field(default_factory=dict, init=False)
+    _due: dict[str, float] = field(default_factory=dict, init=False)
+    """When a model is to be pre-warmed."""
 
     def __post_init__(self) -> None:
         if self.bins < 1 or self.too_few < 1 or not 0 <= self.forecast_margin < 1:
@@ -86,10 +92,11 @@ class HybridHistogram:
         return ()
 
     def on_arrival(self, model: ModelState, cluster: Cluster, now: float, warmth: Warmth) -> Sequence[Prewarm]:
-        ended = self._ended.pop(model.spec.name, None)
+        name = model.spec.name
+        ended, due = self._ended.pop(name, None), self._due.pop(name, None)
         if ended is not None:
-            self._idle.setdefault(model.spec.name, IdleTimes([0] * self.bins)).add(now - ended)
-        return ()
+            self._idle.setdefault(name, IdleTimes([0] * self.bins)).add(now - ended)
+        return () if due is None or due <= now else (Prewarm(now, name, Warmth.READY, 0),)
 
     def windows(self, idle: IdleTimes | None) -> Windows:
         """What the idle times so far ask for."""
@@ -119,10 +126,15 @@ class HybridHistogram:
         self._alive_until[name] = now + windows.alive
         if not windows.prewarm:
             return Stay(windows.alive)
-        return Stay(0.0, again=Prewarm(now + windows.prewarm, name, Warmth.READY))
+        self._due[name] = now + windows.prewarm
+        return Stay(0.0, again=Prewarm(self._due[name], name, Warmth.READY))
 
     def rank(self, instance: InstanceState, cluster: Cluster, now: float) -> float:
         return now
 
     def gave_way(self, instance: InstanceState, rank: float, now: float) -> Stay:
         return Stay(0.0)
+
+    def on_delete(self, model: ModelState) -> None:
+        for known in (self._idle, self._ended, self._alive_until, self._due):
+            known.pop(model.spec.name, None)

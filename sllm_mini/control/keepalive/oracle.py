@@ -6,7 +6,7 @@ It thinks of one instance of each model: where several requests run at once it c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sllm_mini.control.cluster import Cluster
 from sllm_mini.control.estimate import Estimator
@@ -20,11 +20,12 @@ _AFTER_SECONDS = 1e-3
 
 @dataclass(slots=True)
 class Clairvoyant:
-    """`next_arrival(model, now)` is when its next request comes, at `now` or later, None if none does. An idle instance stays for
-    it only if that is no later than a start takes; else it goes at once and is there again just in time."""
+    """`next_arrival(model, now)` is when its next request comes, at `now` or later, None if none does; it says the same whenever
+    it is asked, so nothing is to be saved. `estimator`: the controller's. An idle instance stays for the next request only if
+    that is no later than a start takes; else it goes at once and is there again just in time."""
 
     next_arrival: Callable[[str, float], float | None]
-    estimator: Estimator = field(default_factory=Estimator)
+    estimator: Estimator
     first: bool = True
     """Whether even a model's first request finds it ready."""
 

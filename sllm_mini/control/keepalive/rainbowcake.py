@@ -18,6 +18,7 @@ from math import ceil, inf, log
 from sllm_mini.control.cluster import Cluster
 from sllm_mini.control.messages import ModelSpec
 from sllm_mini.control.policy import Prewarm, Stay
+from sllm_mini.control.saveable import Saveable
 from sllm_mini.control.state import InstanceState, ModelState
 from sllm_mini.types import Warmth
 
@@ -54,17 +55,18 @@ def layer_ttl(alive_seconds: float, beta: float, floor_seconds: float = FLOOR_SE
     return min(max(alive_seconds, floor_seconds), beta)
 
 
+@dataclass(slots=True)
 class Layer:
-    """One layer of those that share it (a model, a runtime, all): their last arrivals, their mean start and mean bytes."""
+    """One layer of those that share it (a model, a runtime, all): their last arrivals, and what a start of it takes and holds."""
 
-    __slots__ = ("beta", "count", "due", "nbytes", "seconds", "times")
-
-    def __init__(self, window: int) -> None:
-        self.times: deque[float] = deque(maxlen=window)
-        self.count, self.seconds, self.nbytes = 0, 0.0, 0.0
-        self.beta = _BETA_WITHOUT_HISTORY
-        self.due = -inf
-        """When a model is to be pre-warmed, if that is to come."""
+    times: deque[float]
+    sharers: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """By model, the seconds of its start and its bytes; below, their sums."""
+    seconds: float = 0.0
+    nbytes: int = 0
+    beta: float = _BETA_WITHOUT_HISTORY
+    due: float = -inf
+    """When a model is to be pre-warmed, if that is to come."""
 
     def mean_gap(self, now: float) -> float | None:
         """(now - oldest) / how many, as RainbowCake's code has it; None before the second arrival."""
@@ -76,16 +78,19 @@ class Layer:
         times = self.times
         return times[-1] + means * (times[-1] - times[0]) / len(times) if len(times) > 1 else -inf
 
-    def learn(self, seconds: float, nbytes: int, alpha: float) -> None:
-        """One more shares it, which starts in `seconds` and holds `nbytes` for it."""
-        self.count += 1
-        self.seconds += (seconds - self.seconds) / self.count
-        self.nbytes += (nbytes - self.nbytes) / self.count
-        self.beta = beta_seconds(self.seconds, self.nbytes, alpha)
+    def share(self, model: str, figures: tuple[float, int] | None, alpha: float) -> None:
+        """It starts in so many seconds and holds so many bytes of this, whatever was said of it before; None: not any more."""
+        for sign, (seconds, nbytes) in ((-1, self.sharers.pop(model, (0.0, 0))), (1, figures or (0.0, 0))):
+            self.seconds = max(self.seconds + sign * seconds, 0.0)
+            self.nbytes += sign * nbytes
+        if figures is not None:
+            self.sharers[model] = figures
+        if count := len(self.sharers):
+            self.beta = beta_seconds(self.seconds / count, self.nbytes / count, alpha)
 
 
 @dataclass(slots=True)
-class RainbowCake:
+class RainbowCake(Saveable):
     """`p` is the quantile of pre-warming and of staying, `window` how many arrivals are remembered. `prewarm_always`: pre-warms
     even where an idle instance is there by then; `floor_first`: see `layer_ttl` (its code's two quirks).
 
@@ -100,8 +105,8 @@ class RainbowCake:
     prewarm_always: bool = False
     floor_first: bool = False
     _layers: dict[Warmth, dict[str, Layer]] = field(default_factory=lambda: {warmth: {} for warmth in _BELOW}, init=False)
-    _shared: dict[str, tuple[Layer, Layer, Layer]] = field(default_factory=dict, init=False)
-    """By model: its own layer, its runtime's, everybody's."""
+    _runtimes: dict[str, str] = field(default_factory=dict, init=False)
+    """Whose layer each model shares."""
     _means: float = field(default=0.0, init=False)
     """The quantile in means."""
 
@@ -112,26 +117,44 @@ class RainbowCake:
 
     def on_deploy(self, model: ModelState, cluster: Cluster, now: float) -> Sequence[Prewarm]:
         spec = model.spec
-        slowest = min((min(node.spec.remote_bytes_per_second, node.spec.disk_bytes_per_second) for node in cluster.nodes.values()), default=None)
-        load = spec.nbytes / slowest if slowest else 0.0
-        own, runtime, everybody = self._share(spec)
-        own.learn(load + spec.ready_seconds, spec.nbytes, self.alpha)
-        runtime.learn(spec.runtime_seconds, spec.runtime_nbytes, self.alpha)
-        everybody.learn(spec.process_seconds, spec.process_nbytes, self.alpha)
+        load = spec.nbytes / cluster.slowest
+        before = self._runtimes.get(spec.name, spec.runtime)
+        if before != spec.runtime:
+            self._leave(_RUNTIME, before, spec.name)
+        self._runtimes[spec.name] = spec.runtime
+        own, runtime, everybody = self._layers_of(spec)
+        own.share(spec.name, (load + spec.ready_seconds, spec.nbytes), self.alpha)
+        runtime.share(spec.name, (spec.runtime_seconds, spec.runtime_nbytes), self.alpha)
+        everybody.share(spec.name, (spec.process_seconds, spec.process_nbytes), self.alpha)
         return ()
 
-    def _share(self, spec: ModelSpec) -> tuple[Layer, Layer, Layer]:
-        """Also when a model has come with another runtime than it had."""
-        layers = self._layers
-        own, runtime, everybody = (
-            layers[warmth].setdefault(key, Layer(self.window)) for warmth, key in ((_READY, spec.name), (Warmth.RUNTIME, spec.runtime), (Warmth.PROCESS, ""))
-        )
-        self._shared[spec.name] = own, runtime, everybody
-        return own, runtime, everybody
+    def on_delete(self, model: ModelState) -> None:
+        """Its own layer goes, and its part in the means of the others; arrivals that were theirs too stay."""
+        name = model.spec.name
+        runtime = self._runtimes.pop(name, model.spec.runtime)
+        for warmth, key in ((_READY, name), (_RUNTIME, runtime), (Warmth.PROCESS, "")):
+            self._leave(warmth, key, name)
+
+    def _leave(self, warmth: Warmth, key: str, model: str) -> None:
+        layer = self._layers[warmth].get(key)
+        if layer is not None:
+            layer.share(model, None, self.alpha)
+            if not layer.sharers:
+                del self._layers[warmth][key]
+
+    def _layers_of(self, spec: ModelSpec) -> tuple[Layer, Layer, Layer]:
+        """Its own, its runtime's, everybody's; made where nobody has shared them yet."""
+        own, runtime, everybody = (self._layers[warmth] for warmth in (_READY, _RUNTIME, Warmth.PROCESS))
+        try:
+            return own[spec.name], runtime[spec.runtime], everybody[""]
+        except KeyError:
+            for layers, key in ((own, spec.name), (runtime, spec.runtime), (everybody, "")):
+                layers.setdefault(key, Layer(deque(maxlen=self.window)))
+            return own[spec.name], runtime[spec.runtime], everybody[""]
 
     def on_arrival(self, model: ModelState, cluster: Cluster, now: float, warmth: Warmth) -> Sequence[Prewarm]:
         name = model.spec.name
-        own, runtime, everybody = self._shared.get(name) or self._share(model.spec)
+        own, runtime, everybody = self._layers_of(model.spec)
         own.times.append(now)
         runtime.times.append(now)
         everybody.times.append(now)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from sllm_mini.control.cluster import Cluster
 from sllm_mini.control.policy import KeepAlive, Prewarm, Stay
+from sllm_mini.control.saveable import Saveable
 from sllm_mini.control.state import InstanceState, ModelState
 from sllm_mini.types import Warmth
 
@@ -19,10 +21,11 @@ _MINUTE = 60.0
 
 
 @dataclass(slots=True)
-class StemCells:
+class StemCells(Saveable):
     """Stem cells beside `inner`, which decides over what has a model. A stem cell that is taken is made anew up to what is
     wanted now; one that nobody takes for `ttl_seconds` goes, but for the initial ones."""
 
+    saved_parts: ClassVar[tuple[str, ...]] = ("inner",)
     inner: KeepAlive
     initial: int = 2
     least: int = 1
@@ -66,3 +69,7 @@ class StemCells:
 
     def gave_way(self, instance: InstanceState, rank: float, now: float) -> Stay:
         return self.inner.gave_way(instance, rank, now)
+
+    def on_delete(self, model: ModelState) -> None:
+        if hasattr(self.inner, "on_delete"):
+            self.inner.on_delete(model)

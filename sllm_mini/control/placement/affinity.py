@@ -52,6 +52,9 @@ class Affinity:
     def choose_instance(self, model: ModelState, request: RequestState, cluster: Cluster, now: float) -> InstanceState | None:
         return most_recent(model)
 
+    def on_delete(self, model: ModelState) -> None:
+        self._orders.pop(model.spec.name, None)
+
     def choose_node(self, model: ModelState, cluster: Cluster, now: float) -> Plan | None:
         known = tuple(cluster.nodes)
         if known != self._known:

@@ -7,18 +7,18 @@ Taught in chapter 08.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from sllm_mini.control.cluster import Cluster
 from sllm_mini.control.estimate import Estimator
 from sllm_mini.control.placement.fit import choose_node, fit, near_nodes
 from sllm_mini.control.policy import Plan
+from sllm_mini.control.saveable import Saveable
 from sllm_mini.control.state import InstanceState, ModelState, RequestState
 
 
 @dataclass(slots=True)
-class PrefixOrLeastLoaded:
+class PrefixOrLeastLoaded(Saveable):
     """Load is balanced while the most and the least loaded open instance are no more than `imbalance` requests apart. Starts
     go where they are ready soonest. `remembered` prefixes per instance."""
 
@@ -26,7 +26,8 @@ class PrefixOrLeastLoaded:
     imbalance: int = 2
     remembered: int = 64
     most_considered: int = 8
-    _prefixes: dict[int, tuple[int, OrderedDict[str, None]]] = field(default_factory=dict, init=False)
+    _prefixes: dict[int, tuple[int, dict[str, None]]] = field(default_factory=dict, init=False)
+    """By instance, with its epoch: the prefix used last at the end."""
 
     def choose_instance(self, model: ModelState, request: RequestState, cluster: Cluster, now: float) -> InstanceState | None:
         loads = {id: len(one.requests) + one.reserved for id, one in model.open.items()}
@@ -44,16 +45,16 @@ class PrefixOrLeastLoaded:
     def _remember(self, instance: InstanceState, prefix: str, cluster: Cluster) -> None:
         held = self._known(instance)
         if held is None:
-            held = OrderedDict()
+            held = {}
             self._prefixes[instance.id] = instance.epoch, held
             if len(self._prefixes) > 2 * len(cluster.instances) + 16:
                 self._prefixes = {id: known for id, known in self._prefixes.items() if id in cluster.instances}
+        held.pop(prefix, None)
         held[prefix] = None
-        held.move_to_end(prefix)
         if len(held) > self.remembered:
-            held.popitem(last=False)
+            del held[next(iter(held))]
 
-    def _known(self, instance: InstanceState) -> OrderedDict[str, None] | None:
+    def _known(self, instance: InstanceState) -> dict[str, None] | None:
         epoch, held = self._prefixes.get(instance.id, (-1, None))
         return held if epoch == instance.epoch else None
 

@@ -14,7 +14,8 @@ from sllm_mini.control.policy import Plan
 from sllm_mini.control.state import InstanceState, ModelState, NodeState, held_nbytes
 from sllm_mini.types import Tier, Warmth
 
-_COLD, _READY, _REMOTE = Warmth.COLD, Warmth.READY, Tier.REMOTE
+_COLD, _DRAM, _DEVICE, _READY = Warmth.COLD, Warmth.DRAM, Warmth.DEVICE, Warmth.READY
+_REMOTE, _DRAM_TIER = Tier.REMOTE, Tier.DRAM
 _BY_SECONDS_AND_NAME = itemgetter(0, 1)
 
 
@@ -112,11 +113,17 @@ def fit(model: ModelState, node: NodeState, cluster: Cluster, estimator: Estimat
 def soonest(model: ModelState, nodes: Iterable[NodeState], cluster: Cluster, estimator: Estimator, now: float) -> tuple[Candidate | None, list[NodeState]]:
     """What `choose_node` takes of the fits on these nodes, and the nodes where a start would be sooner but does not fit, quickest
     first. Looks in order of the estimates, so that it need not look for room on the others."""
-    spec, name, start = model.spec, model.spec.name, estimator.start
+    spec, name, load = model.spec, model.spec.name, estimator.load
+    asleep, runtime, bases = model.asleep, model.spec.runtime, dict[Warmth, float]()
     ways = []
     for node in nodes:
-        reuse = climbs_from(model, node, cluster)
-        seconds = start(node, spec, _COLD if reuse is None else reuse.warmth, node.cached.get(name, _REMOTE), now)
+        reuse = climbs_from(model, node, cluster) if asleep else cluster.sleeper(node.spec.name, runtime)
+        warmth = _COLD if reuse is None else reuse.warmth
+        if warmth not in bases:  # of `Estimator.start`, what is the same on every node
+            bases[warmth] = estimator.base(spec, warmth)
+        seconds = bases[warmth]
+        if warmth < _DEVICE:
+            seconds += load(node, spec, _DRAM_TIER if warmth == _DRAM else node.cached.get(name, _REMOTE), now)
         ways.append((round(seconds, 3), node.spec.name, seconds, node, reuse))
     ways.sort(key=_BY_SECONDS_AND_NAME)
     best, best_seconds, busy = None, 0.0, []
@@ -151,18 +158,23 @@ def most_recent(model: ModelState) -> InstanceState:
 
 def near_nodes(model: ModelState, cluster: Cluster, most: int) -> list[NodeState]:
     """The nodes worth a look: those with a sleeping instance of it, those that have its weights (fastest tier first, then the
-    shortest queue), and those with the devices that can load soonest; at most `most` of each kind.
+    shortest queue), those with a process that it can climb from, and those with the devices that can load soonest; at most
+    `most` of each kind.
 
     Of more than `4 * most` nodes that have its weights, so many are looked at, and among the first `4 * most` that can load
     soonest those that have them too: the cost does not grow with the nodes.
     """
-    nodes, tiers, wide = cluster.nodes, model.cached_on, 4 * most
+    nodes, tiers, wide, devices = cluster.nodes, model.cached_on, 4 * most, model.spec.devices
     seen: dict[str, None] = {one.node: None for one in islice(model.asleep.values(), most)}
     if len(tiers) > 1:
         seen.update(dict.fromkeys(sorted(islice(tiers, wide), key=lambda name: (-tiers[name], nodes[name].loads_until, name))[:most]))
     else:
         seen.update(dict.fromkeys(tiers))
-    order = cluster.open_order(model.spec.devices)
+    for one in islice(cluster.sleeping(None, model.spec.runtime), most):
+        node = nodes[one.node]
+        if len(node.free_devices) + node.idle_devices >= devices:
+            seen[one.node] = None
+    order = cluster.open_order(devices)
     for _, name in order[:most]:
         seen[name] = None
     if len(tiers) > wide:

@@ -54,12 +54,16 @@ class StartupTimeOptimised:
             best = choose_node(found)
         return None if best is None else best.plan
 
+    def choose_harmless(self, model: ModelState, cluster: Cluster, now: float) -> Plan | None:
+        best, _ = soonest(model, near_nodes(model, cluster, self.most_considered), cluster, self.estimator, now)
+        return None if best is None else best.plan
+
     def _migrating(self, model: ModelState, node: NodeState, cluster: Cluster, ways: Departures, least: float, now: float) -> Candidate | None:
         """A start on this node after its cheapest victims have left, if that can be sooner than `least`."""
         need = shortage(model, node, cluster, self.estimator, now)
         if need is None or need.plan.estimate_seconds >= least:
             return None
-        leaving = [one for one in victims(node, model, cluster) if all(each.migrations + each.failed_moves < self.most_migrations for each in one.requests.values())]
+        leaving = [one for one in victims(node, model, cluster, need.plan.give_way) if all(each.migrations + each.failed_moves < self.most_migrations for each in one.requests.values())]
         while leaving:
             found = [way for one in leaving if (way := ways.quickest(one, Taken())) is not None]
             chosen = cheapest_cover([way.seconds for way in found], [len(way.victim.devices) for way in found], need.devices)

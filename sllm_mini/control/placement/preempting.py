@@ -34,13 +34,7 @@ class Preempting:
         return most_recent(model)
 
     def choose_node(self, model: ModelState, cluster: Cluster, now: float) -> Plan | None:
-        found, busy = [], []
-        for node in near_nodes(model, cluster, self.most_considered):
-            candidate = fit(model, node, cluster, self.estimator, now)
-            if candidate is not None:
-                found.append(candidate)
-            elif node.tier(model.spec.name) > Tier.REMOTE:
-                busy.append(node)
+        found, busy = self._fits(model, cluster, now)
         soonest = min((one.seconds for one in found), default=inf)
         for node in busy[: self.most_considered]:
             candidate = self._preempting(model, node, cluster, soonest, now)
@@ -49,12 +43,27 @@ class Preempting:
         chosen = choose_node(found)
         return None if chosen is None else chosen.plan
 
+    def choose_harmless(self, model: ModelState, cluster: Cluster, now: float) -> Plan | None:
+        chosen = choose_node(self._fits(model, cluster, now)[0])
+        return None if chosen is None else chosen.plan
+
+    def _fits(self, model: ModelState, cluster: Cluster, now: float) -> tuple[list[Candidate], list[NodeState]]:
+        """What can start with nobody stopped, and the nodes with the weights where nothing can."""
+        found, busy = [], []
+        for node in near_nodes(model, cluster, self.most_considered):
+            candidate = fit(model, node, cluster, self.estimator, now)
+            if candidate is not None:
+                found.append(candidate)
+            elif node.tier(model.spec.name) > Tier.REMOTE:
+                busy.append(node)
+        return found, busy
+
     def _preempting(self, model: ModelState, node: NodeState, cluster: Cluster, soonest: float, now: float) -> Candidate | None:
         """A start on this node at once, if that can be sooner than `soonest`."""
         need = shortage(model, node, cluster, self.estimator, now)
         if need is None or need.plan.estimate_seconds >= soonest:
             return None
-        usable = [one for one in victims(node, model, cluster) if all(each.preemptions < self.most_preemptions for each in one.requests.values())]
+        usable = [one for one in victims(node, model, cluster, need.plan.give_way) if all(each.preemptions < self.most_preemptions for each in one.requests.values())]
         lost = [sum(now - each.assigned for each in one.requests.values()) for one in usable]
         chosen = cheapest_cover(lost, [len(one.devices) for one in usable], need.devices)
         if chosen is None:

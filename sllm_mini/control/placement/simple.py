@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from sllm_mini.control.cluster import Cluster
 from sllm_mini.control.estimate import Estimator
 from sllm_mini.control.placement.fit import choose_node, fit, most_recent, near_nodes
 from sllm_mini.control.policy import Plan
+from sllm_mini.control.saveable import Saveable
 from sllm_mini.control.state import InstanceState, ModelState, NodeState, RequestState, held_nbytes
 from sllm_mini.types import Tier, Warmth
 
@@ -16,11 +18,11 @@ _MASK = (1 << 64) - 1
 
 
 @dataclass(slots=True)
-class Draws:
+class Draws(Saveable):
     """Numbers that look random and are a function of a seed and a count (SplitMix64), so that a replay draws them again."""
 
     seed: int = 0
-    count: int = 0
+    count: int = field(default=0, init=False)
 
     def below(self, n: int) -> int:
         """From 0 up to n - 1."""
@@ -41,10 +43,11 @@ def shuffled(cluster: Cluster, draws: Draws) -> Iterator[NodeState]:
 
 
 @dataclass(slots=True)
-class Anywhere:
+class Anywhere(Saveable):
     """Random: any node that has the devices, free or idle; any of its instances. Costs a list of all nodes and of the model's
     open instances, and a look at nodes until one will do."""
 
+    saved_parts: ClassVar[tuple[str, ...]] = ("draws",)
     estimator: Estimator = field(default_factory=Estimator)
     draws: Draws = field(default_factory=Draws)
 
@@ -60,11 +63,12 @@ class Anywhere:
 
 
 @dataclass(slots=True)
-class AvailabilityFirst:
+class AvailabilityFirst(Saveable):
     """"Serverless", as ServerlessLLM's paper calls what platforms do: a random node among those with free devices, whatever it
     has stored; where none is free, one whose idle instances can go. Costs a list of all nodes and a look at nodes until one
     is free."""
 
+    saved_parts: ClassVar[tuple[str, ...]] = ("draws",)
     estimator: Estimator = field(default_factory=Estimator)
     draws: Draws = field(default_factory=Draws)
 

@@ -10,6 +10,7 @@ from sllm_mini.control.estimate import Estimator
 from sllm_mini.control.placement.fit import climbs_from, lacking, plan_for, spare
 from sllm_mini.control.policy import Plan
 from sllm_mini.control.state import InstanceState, ModelState, NodeState, Phase
+from sllm_mini.types import Warmth
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,9 @@ def shortage(model: ModelState, node: NodeState, cluster: Cluster, estimator: Es
     return None if nbytes > 0 else Shortage(devices, plan_for(model, node, reuse, leaving, estimator, now))
 
 
-def victims(node: NodeState, model: ModelState, cluster: Cluster) -> list[InstanceState]:
+def victims(node: NodeState, model: ModelState, cluster: Cluster, give_way: Sequence[int] = ()) -> list[InstanceState]:
     """Busy instances of other models here all of whose requests run: none is on its way from or to it, and none is kept by
-    `min_instances`. Oldest request first."""
+    `min_instances`, of which those that `give_way` are none any more. Oldest request first."""
     busy = [
         one
         for one in node.instances.values()
@@ -53,6 +54,10 @@ def victims(node: NodeState, model: ModelState, cluster: Cluster) -> list[Instan
     ]  # fmt: skip
     busy.sort(key=lambda one: (min(request.order for request in one.requests.values()), one.id))
     left: dict[str, int] = {}
+    for id in give_way:
+        idle = cluster.instances[id]
+        if idle.warmth is Warmth.READY:
+            left[idle.spec.name] = left.get(idle.spec.name, cluster.models[idle.spec.name].ready) - 1
     found = []
     for one in busy:
         theirs = cluster.models[one.spec.name]

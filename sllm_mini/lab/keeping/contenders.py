@@ -57,8 +57,8 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One run. `start_seconds` is what all requests together waited before their work began; `waste_gb_seconds` what idle
-    instances held; `cold` requests by the warmth that their start climbed from."""
+    """One run. `start_seconds` is what all requests together waited before their work began; `waste_gb_seconds` what was
+    held for no request, by idle instances and in climbs that no request used; `cold` requests by the warmth that their start climbed from."""
 
     name: str
     requests: int
@@ -158,4 +158,4 @@ def outcome_of(name: str, result: SimulationResult) -> Outcome:
     """What chapter 09 compares of a run."""
     cold = {warmth: result.requests.cold[warmth] for warmth in Warmth if warmth < Warmth.READY and result.requests.cold[warmth]}
     waited = result.wait.mean * result.answered if result.answered else 0.0
-    return Outcome(name, result.answered, cold, waited, result.account.idle_mb_seconds / 1000, sum(result.account.starts), result)
+    return Outcome(name, result.answered, cold, waited, result.account.wasted_mb_seconds / 1000, sum(result.account.starts), result)

@@ -80,7 +80,7 @@ def plot_frontier(outcomes: Sequence[Outcome], line: Sequence[tuple[float, Outco
     ax.minorticks_off()
     ticks = [0.03, 0.1, 0.3, 1, 3]
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.set_xlabel("memory held by idle instances (GB-hours)")
+    ax.set_xlabel("memory held for no request (GB-hours)")
     ax.set_ylabel("start-up a request waited for, mean (s)")
     return figure
 
@@ -116,7 +116,7 @@ def frontier_text(outcomes: Sequence[Outcome], line: Sequence[tuple[float, Outco
 def frontier_alt_text(outcomes: Sequence[Outcome], line: Sequence[tuple[float, Outcome]]) -> str:
     """What `plot_frontier` shows, in words."""
     points = ", ".join(f"{one.name} {seconds_text(one.mean_start_seconds)} at {_hours(one):.1f} GB-hours" for one in outcomes)
-    return f"Mean start-up against memory held idle. {points}. {frontier_text(outcomes, line)}"
+    return f"Mean start-up against memory held for no request. {points}. {frontier_text(outcomes, line)}"
 
 
 def frontier_table(outcomes: Sequence[Outcome]) -> Table:
@@ -131,7 +131,7 @@ def frontier_table(outcomes: Sequence[Outcome]) -> Table:
     return Table(
         headers=("policy", "cold", "from cold", "from process", "from runtime", "start-up, all (s)", "wasted (GB-hours)", "starts"),
         rows=tuple(rows), numeric=frozenset(range(1, 8)), caption=f"{outcomes[0].requests:,} requests, simulated",
-        note="Cold: requests that waited for a start which began for them; a start from runtime or process climbs only the rungs above. Starts: pre-warmings too.",
+        note="Cold: requests that waited for a start which began for them; a start from runtime or process climbs only the rungs above. Starts: pre-warmings too. Wasted: held by idle instances, and in climbs that no request used.",
     )  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def draw_length(requests: Sequence[TraceRequest], specs: Sequence[ModelSpec], li
 
     def draw(minutes: float) -> Described:
         one = run_contender("fixed", requests, specs, contender=fixed(60 * minutes), until=until)
-        said = f"Kept for {minutes:.3g} min: {share_text(one.cold_fraction)} of the requests start cold, {_hours(one):.1f} GB-hours are held idle."
+        said = f"Kept for {minutes:.3g} min: {share_text(one.cold_fraction)} of the requests start cold, {_hours(one):.1f} GB-hours are held for nobody."
         alt = f"Two lines over the length of a fixed keep-alive: cold fraction falls, memory wasted rises. {said}"
         return describe(plot_lengths(line, minutes, one), alt, caption=said)
 
@@ -159,7 +159,7 @@ def plot_lengths(line: Sequence[tuple[float, Outcome]], minutes: float, one: Out
     use_style()
     figure, axes = pyplot.subplots(1, 2, figsize=(7.4, 2.9), layout="constrained")
     lengths = [length / 60 for length, _ in line]
-    for ax, title, of in ((axes[0], "cold starts (% of requests)", lambda run: 100 * run.cold_fraction), (axes[1], "held idle (GB-hours)", _hours)):
+    for ax, title, of in ((axes[0], "cold starts (% of requests)", lambda run: 100 * run.cold_fraction), (axes[1], "held for no request (GB-hours)", _hours)):
         ax.plot(lengths, [of(run) for _, run in line], color=MUTED, marker=".")
         ax.scatter([minutes], [of(one)], s=90, color=color_of("dram"), edgecolor=darker(color_of("dram")), zorder=3)
         ax.set_xscale("log")

@@ -40,7 +40,7 @@ KEEP_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True)
 class GpuOutcome:
-    """An `Outcome` and what it held: GPU-hours and GB-hours of host memory in idle hands."""
+    """An `Outcome` and what it held for no request, idle or in climbs that none used: GPU-hours, and GB-hours of host memory."""
 
     outcome: Outcome
     gpu_hours: float
@@ -105,7 +105,7 @@ def run_gpus(
             options=SimulationOptions(keep="requests", until=until, links="link"),
         )  # fmt: skip
         account = result.account
-        found.append(GpuOutcome(outcome_of(name, result), account.idle_gpu_seconds / 3600, account.idle_mb_seconds / 3.6e6))
+        found.append(GpuOutcome(outcome_of(name, result), account.wasted_gpu_seconds / 3600, account.wasted_mb_seconds / 3.6e6))
     return found
 
 
@@ -119,7 +119,7 @@ def gpus_table(outcomes: Sequence[GpuOutcome], devices: int) -> Table:
         for one in sorted(outcomes, key=lambda one: one.outcome.start_seconds)
     ]  # fmt: skip
     return Table(
-        headers=("policy", "cold", "from runtime", "from DRAM", "wait, mean", "wait, 99 %", "idle GPU-hours", "idle host GB-hours"),
+        headers=("policy", "cold", "from runtime", "from DRAM", "wait, mean", "wait, 99 %", "GPU-hours wasted", "host GB-hours wasted"),
         rows=tuple(rows), numeric=frozenset(range(1, 8)), caption=f"{outcomes[0].outcome.requests:,} requests of a day, {devices} GPUs, simulated",
-        note="Wait: from arrival until work begins, queues for a GPU and for the disk included.",
+        note="Wait: from arrival until work begins, queues for a GPU and for the disk included. Wasted: held by idle instances, and in climbs that no request used.",
     )  # fmt: skip

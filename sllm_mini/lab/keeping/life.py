@@ -20,7 +20,7 @@ POLICIES = ("scale to zero", "fixed 10 min", "stem cells", "hybrid histogram", "
 REGULAR_MINUTES = tuple(12.0 * number + (0.0, 0.4, -0.5, 0.2)[number % 4] for number in range(14))
 STRAY_MINUTES = (170.0, 205.0)
 FROM_MINUTES, UNTIL_MINUTES = 128.0, 220.0
-_CLIMBS = {"process", "runtime", "queue", "load", "ready"}
+_CLIMBS = {"process", "runtime", "queue", "load", "ready", "cut"}
 
 
 def one_life() -> list[TraceRequest]:

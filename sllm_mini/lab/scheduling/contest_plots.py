@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 RIVALS = ("availability", "shepherd", "locality")
 Sweep = Mapping[tuple[str, str], Sequence[Outcome]]
 """(row, column) → outcomes."""
+_WHICH_MEDIAN = "P99: median of seeds; ratios: median (least to largest) of those within each seed"
+"""Of a table's columns; loads and counts are medians of seeds too."""
 
 
 def contest_table(found: Mapping[str, Sequence[Outcome]]) -> Table:
@@ -37,7 +39,7 @@ def contest_table(found: Mapping[str, Sequence[Outcome]]) -> Table:
     seeds = len({one.seed for outcomes in found.values() for one in outcomes})
     return Table(
         ("models", "policy", "P99 to the first token", "over ServerlessLLM's", "P99 until first run, over its", "loads from the network", "moved", "stopped"), tuple(rows),
-        caption=f"Bursts of CV 8 on four machines of four GPUs: medians of {seeds} seeds, ratios with the least and the largest", numeric=frozenset({2, 3, 4, 5, 6, 7}),
+        caption=f"Bursts of CV 8 on four machines of four GPUs, {seeds} seeds. {_WHICH_MEDIAN}", numeric=frozenset({2, 3, 4, 5, 6, 7}),
         emphasis=frozenset(range(len(POLICIES) - 1, len(rows), len(POLICIES))),
     )  # fmt: skip
 
@@ -145,7 +147,7 @@ def variants_table(found: Mapping[str, Sequence[Outcome]]) -> Table:
             ))  # fmt: skip
     return Table(
         ("setting", "policy", "P99 to the first token", "over ServerlessLLM's", "loads from the network", "moved"), tuple(rows),
-        caption="Which part of the policy does it", numeric=frozenset({2, 3, 4, 5}),
+        caption=f"Which part of the policy does it. {_WHICH_MEDIAN}", numeric=frozenset({2, 3, 4, 5}),
     )  # fmt: skip
 
 

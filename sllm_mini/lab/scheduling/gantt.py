@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MODEL_COLORS = ("process", "device", "disk", "runtime", "remote", "dram")
-_START = frozenset({"process", "runtime", "queue", "load", "ready"})
-_HATCH = {"start": "////", "move": "...."}
+_START = frozenset({"process", "runtime", "queue", "load", "ready", "cut"})
+_HATCH = {"start": "////", "move": "....", "held": "xxxx"}
 Row = tuple[str, int]
 """A machine and the number of one of its devices."""
 
@@ -65,8 +65,8 @@ def plot_gantt(
 def _bar(ax: Axes, span: InstanceSpan, row: int, color: str, end: float) -> None:
     kind = "start" if span.what in _START else span.what
     low, wide = row - 0.36, span.end - span.start
-    face = {"idle": color_of("wait"), "start": PAPER}.get(kind, color)
-    ink = {"start": color, "idle": MUTED}.get(kind, ink_on(color))
+    face = {"idle": color_of("wait"), "start": PAPER, "held": PAPER}.get(kind, color)
+    ink = {"start": color, "idle": MUTED, "held": MUTED}.get(kind, ink_on(color))
     ax.broken_barh([(span.start, wide)], (low, 0.72), facecolor=face, edgecolor=darker(color) if kind == "run" else ink, hatch=_HATCH.get(kind, ""), linewidth=0.7)
     if kind in ("run", "start") and wide > 0.05 * end:
         text = ax.text(span.start + wide / 2, row, span.model if kind == "run" else f"start {span.model}", ha="center", va="center", fontsize=8.5, color=ink if kind == "run" else INK, clip_on=True)
@@ -74,7 +74,7 @@ def _bar(ax: Axes, span: InstanceSpan, row: int, color: str, end: float) -> None
             text.set_bbox({"boxstyle": "square,pad=0.15", "facecolor": PAPER, "edgecolor": "none"})
 
 
-def _key(figure: Figure, colors: Mapping[str, str]) -> None:
+def _key(figure: Figure, colors: Mapping[str, str], *, held: bool) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor=color, edgecolor=darker(color), label=f"{name} runs") for name, color in colors.items()]
@@ -83,6 +83,8 @@ def _key(figure: Figure, colors: Mapping[str, str]) -> None:
         Patch(facecolor=MUTED, edgecolor=PAPER, hatch=_HATCH["move"], label="takes over a request"),
         Patch(facecolor=color_of("wait"), edgecolor=MUTED, label="idle, kept"),
     ]
+    if held:
+        handles.append(Patch(facecolor=PAPER, edgecolor=MUTED, hatch=_HATCH["held"], label="held for a request that ended before it moved"))
     figure.legend(handles=handles, loc="outside lower left", ncols=4 if len(handles) > 5 else len(handles), title="▼ a request arrives", alignment="left", title_fontsize=9)
 
 
@@ -98,7 +100,7 @@ def plot_gantts(results: Mapping[str, SimulationResult]) -> Figure:
     for ax, (title, result) in zip(axes[:, 0], results.items(), strict=True):
         plot_gantt(result, ax, title=title, colors=colors, end=end, rows=rows)
     axes[-1, 0].set_xlabel("seconds")
-    _key(figure, colors)
+    _key(figure, colors, held=any(span.what == "held" for result in results.values() for span in result.spans))
     return figure
 
 

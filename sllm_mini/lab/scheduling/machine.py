@@ -45,7 +45,7 @@ def _said(message: Struct) -> str:
     """Its name and what tells it from another; specs by their name, enums by theirs, epochs left out."""
     words = []
     for name, value in asdict(message).items():
-        if name in ("epoch", "queued_seconds", "parts", "prefix") or value == ():
+        if name in ("epoch", "queued_seconds", "load_seconds", "parts", "prefix") or value == ():
             continue
         if isinstance(value, Struct):
             words.append(str(value.name))  # type: ignore[attr-defined]

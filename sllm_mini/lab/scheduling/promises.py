@@ -35,7 +35,7 @@ PROMISES: Mapping[str, tuple[bool, bool, bool, bool, bool]] = MappingProxyType(
         "random": (True, False, True, True, True),
         "availability": (True, False, True, True, True),
         "locality": (False, False, True, True, True),
-        "shepherd": (False, True, True, True, False),
+        "shepherd": (True, True, True, True, False),
         "serverlessllm": (True, False, True, True, True),
         "affinity": (True, False, True, True, True),
         "deepserve": (True, False, True, True, True),

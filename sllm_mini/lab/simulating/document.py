@@ -2,7 +2,8 @@
 
 `ratio_to_reference_*` is our requests per second over SimPy's in the same round: 0.5 is half as fast. A bare queue has about
 five SimPy events a request; `events_per_request` counts what our controller is told. `growth` says how the seconds per event
-grow with the nodes: `ratio_to_smallest` against `log_ratio`, what growth by the logarithm would be. Shown in chapter 08.
+grow with the nodes: `ratio_to_smallest` against `log_ratio`, what growth by the logarithm would be. `cold_fraction` is of the
+requests that were answered in the time that counts. Shown in chapter 08.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _row(name: str, workload: Workload | None, ran: Sequence[Ran], reference: Se
             "nodes": workload.nodes, "devices": workload.nodes * workload.devices, "models": workload.models, "placement": workload.placement,
             "keep_alive": workload.keep_alive, "autoscaler": workload.autoscaler,
             "events_per_request": statistics.median(one.events / one.requests for one in ran), "seconds_per_event_median": _per_event(ran),
-            "cold_fraction": statistics.median(one.cold / one.requests for one in ran),
+            "cold_fraction": statistics.median(one.cold_fraction for one in ran),
         }  # fmt: skip
     return row
 
@@ -73,7 +74,7 @@ def _growth(growing: Sequence[Workload], samples: Mapping[str, Sequence[Ran]]) -
         rows.append(
             {
                 "name": workload.name, "nodes": workload.nodes, "models": workload.models, "seconds_per_event_median": _per_event(ran),
-                "cold_fraction": statistics.median(one.cold / one.requests for one in ran),
+                "cold_fraction": statistics.median(one.cold_fraction for one in ran),
                 "ratio_to_smallest_median": statistics.median(ratios), "ratio_to_smallest_min": min(ratios), "ratio_to_smallest_max": max(ratios),
                 "log_ratio": math.log(workload.nodes) / math.log(first.nodes) if first.nodes > 1 else None,
             }

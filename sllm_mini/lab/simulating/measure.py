@@ -115,7 +115,7 @@ def _policy_row(way: tuple[str, Workload], options: Options, say: Callable[[str]
     ran = run_simulated(workload, max(options.requests // 10, 100), options.seed)
     return {
         "name": name, "requests": ran.requests, "events_per_request": ran.events / ran.requests, "seconds_per_event": ran.seconds / ran.events,
-        "cold_fraction": ran.cold / ran.requests, "starts_per_request": ran.starts / ran.requests,
+        "cold_fraction": ran.cold_fraction, "starts_per_request": ran.starts / ran.requests,
     }  # fmt: skip
 
 

@@ -127,13 +127,20 @@ def with_policies(workload: Workload, placement: str, keep_alive: str, autoscale
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """One run, its warm-up not counted. `seconds` are of the run alone: nodes and models were there before."""
+    """One run, its warm-up not counted. `seconds` are of the run alone: nodes and models were there before. `requests` arrived
+    in that time; `answered` were, some of which came before, and `cold` of them waited for a start."""
 
     seconds: float
     requests: int
+    answered: int
     events: int
     cold: int
     starts: int
+
+    @property
+    def cold_fraction(self) -> float:
+        """Of those answered; 0 where none was."""
+        return self.cold / self.answered if self.answered else 0.0
 
 
 def run_simulated(workload: Workload, count: int, seed: int, *, warm_up: int = 0) -> Ran:
@@ -150,8 +157,11 @@ def run_simulated(workload: Workload, count: int, seed: int, *, warm_up: int = 0
     def mark(requests: int) -> None:
         cluster.table.settle()
         marks.append(
-            Ran(time.perf_counter(), requests, sum(cluster.events.values()), sum(cluster.table.cold[: Warmth.READY]), sum(cluster.account.starts))
-        )
+            Ran(
+                time.perf_counter(), requests, cluster.table.count("answered"), sum(cluster.events.values()), sum(cluster.table.cold[: Warmth.READY]),
+                sum(cluster.account.starts),
+            )
+        )  # fmt: skip
 
     if not warm_up:
         mark(0)
@@ -186,4 +196,4 @@ def run_simpy(count: int, seed: int) -> Ran:
     environment.process(source())
     began = time.perf_counter()
     environment.run()
-    return Ran(time.perf_counter() - began, count, 0, 0, 0)
+    return Ran(time.perf_counter() - began, count, count, 0, 0, 0)
