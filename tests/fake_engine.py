@@ -247,10 +247,10 @@ class FakeEngine:
 
 
 def make(begin: Any) -> Any:
-    """The engine of a worker process: its step takes what a small model's would."""
+    """The engine of a worker process: its step takes what a small model's would. Named after the weights that a rung names."""
     if "WITH_TORCH" in os.environ:  # else the first block would wait for seconds until it is imported
         import torch  # noqa: F401
-    return FakeEngine(step_seconds=0.002)
+    return FakeEngine(getattr(begin, "digest", "") or "fake", step_seconds=0.002)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from store_process import PATIENT, StoreProcess, eventually
 
 from sllm_mini.checkpoint import Checkpoint, WriteOptions, convert_checkpoint
 from sllm_mini.cluster import Instance, Node, NodeError
+from sllm_mini.device.cpu import CpuDevice
 from sllm_mini.errors import IntegrityError, LoadCancelled, ModelError, StoreError
 from sllm_mini.inference import Engine
 from sllm_mini.inference.overlap import WAIT_LANE
@@ -449,6 +450,111 @@ def test_starts_and_stops_from_many_threads(opened: Open, tiny: Checkpoint, want
     eventually(lambda: leases(node) == 0)
 
 
+def test_an_instance_is_climbed_rung_by_rung_and_falls(opened: Open, tiny: Checkpoint, wanted: tuple[int, ...]) -> None:
+    node = opened(tiny.path)
+    before = threading.active_count()
+    instance = node.hold("tiny")
+    instance.wait(60)
+    assert instance.arrived() and instance.digest == tiny.digest and leases(node) == 1 and node.instances == (instance,)
+    eventually(lambda: threading.active_count() <= before)  # who only holds needs no thread
+    for ask in (lambda: instance.engine, instance.ready):
+        with pytest.raises(NodeError, match="holds weights and no engine"):
+            ask()
+    for _ in range(2):
+        engine = instance.make_ready(max_batch=3)
+        assert instance.make_ready() is engine is instance.ready(60) and engine.max_batch == 3
+        assert instance.warmth is Warmth.READY and says(instance) == wanted
+        with pytest.raises(NodeError, match="has an engine on cpu; let it fall to DEVICE first"):
+            instance.hold(StubDevice())
+        del engine
+        instance.fall(Warmth.READY)
+        assert instance.warmth is Warmth.READY
+        instance.fall(Warmth.DEVICE)
+        assert instance.warmth is Warmth.DRAM and leases(node) == 1
+        with pytest.raises(NodeError, match="holds weights and no engine"):
+            says(instance)
+    instance.fall(Warmth.DRAM)
+    assert leases(node) == 1
+    with without_collection():
+        instance.fall(Warmth.RUNTIME)
+        eventually(lambda: leases(node) == 0)
+    assert instance.warmth is Warmth.COLD and node.instances == () and node.evict("tiny") > 0
+    for late in (instance.arrived, instance.wait, instance.make_ready, lambda: instance.hold("cpu")):
+        with pytest.raises(NodeError, match="was stopped"):
+            late()
+    for foot in (Warmth.DEVICE, Warmth.DRAM, Warmth.RUNTIME):
+        instance.fall(foot)  # it keeps less already
+
+
+def test_a_wait_for_bytes_ends_with_its_instance(opened: Open, server: GatedServer) -> None:
+    node = opened(f"{server.url}/tiny")
+    instance = node.hold("tiny")
+    with pytest.raises(TimeoutError, match=r"had not arrived after 0\.05 seconds"):
+        instance.wait(0.05)
+    assert not instance.arrived()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(instance.wait)
+        node.close()
+        with pytest.raises(LoadCancelled):
+            waiting.result(60)
+    del waiting
+    gc.collect()
+    eventually(lambda: leases(node) == 0)
+    with pytest.raises(NodeError, match="node a is closed"):
+        node.hold("tiny")
+
+
+class StubDevice(CpuDevice):
+    """A device that is not the host's, of which nothing is asked."""
+
+    name = "stub:0"
+    is_host = False
+
+
+class StubAttachment:
+    """Bytes that are somewhere, or fail to get there."""
+
+    reason, layers = "", ["all"]
+
+    def __init__(self, tiny: Checkpoint, place: str, failing: bool, said: list[str]) -> None:
+        self.checkpoint, self.tier = tiny, Tier.DRAM if place == "cpu" else Tier.DEVICE
+        self._place, self._failing, self._said = place, failing, said
+        said.append(f"attach {place}")
+
+    def wait_for(self, name: str, timeout: float | None = None) -> bool:
+        self._said.append(f"wait {self._place}")
+        if self._failing:
+            raise IntegrityError("the bytes are wrong")
+        return True
+
+    def cancel(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._said.append(f"close {self._place}")
+
+
+def test_what_is_held_is_given_back_only_when_the_other_place_has_it_all(tiny: Checkpoint) -> None:
+    said: list[str] = []
+    failing: set[str] = set()
+    store: Any = type("Told", (), {"attach": lambda self, model, device: StubAttachment(tiny, device.name, device.name in failing, said)})()
+    node = Node(store, node_id="a")
+    instance = node.hold("tiny")
+    instance.hold(StubDevice())
+    assert said == ["attach cpu", "attach stub:0", "wait stub:0", "close cpu"] and (instance.device, instance.tier, instance.warmth) == ("stub:0", Tier.DEVICE, Warmth.DEVICE)
+    failing |= {"cpu"}
+    said.clear()
+    with pytest.raises(IntegrityError):
+        instance.fall(Warmth.DRAM)
+    assert said == ["attach cpu", "wait cpu", "close cpu"] and (instance.device, instance.tier, instance.warmth) == ("stub:0", Tier.DEVICE, Warmth.DEVICE)
+    failing.clear()
+    said.clear()
+    instance.fall(Warmth.DRAM)
+    instance.fall(Warmth.DRAM)
+    assert said == ["attach cpu", "wait cpu", "close stub:0"] and instance.warmth is Warmth.DRAM
+    node.close()
+
+
 @pytest.mark.gpu
 def test_instances_on_a_gpu_share_one_image(tiny: Checkpoint, tmp_path: Path) -> None:
     with Store(tmp_path / "store", dram_nbytes=64 * MIB, device_nbytes={"cuda:0": 64 * MIB}) as store, Node(store, node_id="a") as node:
@@ -459,4 +565,10 @@ def test_instances_on_a_gpu_share_one_image(tiny: Checkpoint, tmp_path: Path) ->
         assert {instance.tier for instance in instances} == {Tier.DEVICE} and sum(store.stats().moved_nbytes.values()) == tiny.nbytes
         for instance in instances:
             instance.stop()
-        assert node.warmth("tiny") is Warmth.DEVICE and node.evict("tiny", "cuda:0") > 0
+        assert node.warmth("tiny") is Warmth.DEVICE
+        held = node.hold("tiny")
+        held.hold("cuda:0")
+        held.make_ready()
+        assert says(held) == one and store.evict("tiny", "dram") > 0
+        held.fall(Warmth.DRAM)
+        assert node.evict("tiny", "cuda:0") > 0 and held.warmth is Warmth.DRAM

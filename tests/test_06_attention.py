@@ -316,13 +316,13 @@ def test_an_engine_in_half_precision_decodes_unlike_rows_by_products(dtype: torc
     monkeypatch.setattr(ProductAttention, "attend", spy)
     prompts = [list(range(3, 3 + length)) for length in (30, 5, 17)]
     caches = [runner.new_slots() for runner in (plain, engine)]
-    for runner, cache in zip((plain, engine), caches, strict=True):
+    for runner, slot_cache in zip((plain, engine), caches, strict=True):
         for row, prompt in enumerate(prompts):
-            cache.add_row()
-            runner.extend(cache, row, torch.tensor([prompt]))
+            slot_cache.add_row()
+            runner.extend(slot_cache, row, torch.tensor([prompt]))
     for step in range(45):
         tokens = torch.tensor([[(7 * step + row) % 61] for row in range(3)])
-        expected, found = (runner.decode(cache, tokens).double() for runner, cache in zip((plain, engine), caches, strict=True))
+        expected, found = (runner.decode(held, tokens).double() for runner, held in zip((plain, engine), caches, strict=True))
         assert (found - expected).norm() < 8 * torch.finfo(dtype).eps * expected.norm(), step
     assert {size for size, _ in asked} == {64, 128} and all(taken for _, taken in asked), "oneDNN compiles for two shapes, not for 45"
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from sllm_mini.cli import (
     bench_decode,
     bench_migrate,
+    bench_multicast,
     bench_overlap,
     bench_simulate,
     bench_tiers,
@@ -93,6 +94,7 @@ app.command("overlap")(bench_overlap.overlap)
 app.command("warmup")(bench_warmup.warmup)
 app.command("decode")(bench_decode.decode)
 app.command("migrate")(bench_migrate.migrate)
+app.command("multicast")(bench_multicast.multicast)
 app.command("simulate")(bench_simulate.simulate)
 
 

@@ -16,7 +16,7 @@ from sllm_mini.lab.units import seconds_text, share_text
 if TYPE_CHECKING:
     from sllm_mini.cluster.trace import Spread, TraceStatistics
 
-app = typer.Typer(help="Traces of requests: import published ones, and see what is in one.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Import published traces, and look into one.", no_args_is_help=True, rich_markup_mode=None)
 _MOST_MODELS = 10
 _ONLY_FOR = {"model": "Azure LLM inference trace 2023", "failures": "BurstGPT", "seed": "Azure Functions trace 2019"}
 """Which published trace an option says something of."""
@@ -103,7 +103,7 @@ def replay(
     log: Annotated[Path, typer.Argument(metavar="LOG", help="What `sllm-mini simulate --events` wrote.", exists=True, dir_okay=False)],
     json: JsonOption = False,
 ) -> None:
-    """Give the events of a log to a new controller, and check that it answers as recorded.
+    """Check that a controller answers a log as it was recorded.
 
     The log's first line names its policies and options.
     """

@@ -1,6 +1,6 @@
-"""An engine on memory that a store lends: ready as its bytes arrive, stopped at any moment. Explained in chapter 05.
+"""An engine on memory that a store lends, climbed rung by rung: held, ready as its bytes arrive, put away. Explained in chapter 05.
 
-An instance is one lease and one thread, which waits for the last byte and ends there. Building one costs the model's
+An instance is one lease and, from when it has an engine until its last byte, one thread. Making it ready costs the model's
 skeleton (some tens of milliseconds) and no copy of its weights.
 """
 
@@ -14,81 +14,23 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from sllm_mini.cluster.load import Load
+from sllm_mini.device import get_device
 from sllm_mini.device.base import Device
-from sllm_mini.errors import LoadCancelled, SllmError
+from sllm_mini.errors import SllmError
 from sllm_mini.types import ModelId, Span, SpanRecorder, Tier, Warmth
 
 if TYPE_CHECKING:
     from sllm_mini.inference import Engine, StreamedModel
-    from sllm_mini.storage import Attachment
-
-_LOOK_SECONDS = 0.05
 
 
 class NodeError(SllmError):
     """A node that was closed, or an instance that was stopped, was asked for more."""
 
 
-class Load:
-    """An attachment whose waits end with LoadCancelled soon after `cancelled` is set. An attachment's own do not: what a
-    store brings, it brings for others too. Safe from several threads."""
-
-    def __init__(self, attachment: Attachment, cancelled: threading.Event) -> None:
-        self._attachment, self._cancelled = attachment, cancelled
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._attachment, name)
-
-    def check(self) -> None:
-        """Raises LoadCancelled if it was."""
-        if self._cancelled.is_set():
-            raise LoadCancelled("the start was cancelled: the instance was stopped, or its node closed", path=self._attachment.checkpoint.path)
-
-    def ready(self, name: str) -> bool:
-        """See `Attachment.ready`."""
-        return self._poll(lambda _: self._attachment.ready(name), 0.0)
-
-    def wait_for(self, name: str, timeout: float | None = None) -> bool:
-        """See `Attachment.wait_for`."""
-        return self._poll(lambda seconds: self._attachment.wait_for(name, seconds), timeout)
-
-    def wait(self, timeout: float | None = None) -> dict[str, Any]:
-        """See `Attachment.wait`."""
-        found: dict[str, Any] = {}
-
-        def look(seconds: float) -> bool:
-            try:
-                found.update(self._attachment.wait(seconds))
-            except TimeoutError:
-                return False
-            return True
-
-        if not self._poll(look, timeout):
-            raise TimeoutError(f"{self._attachment.checkpoint.path} had not arrived after {timeout} seconds")
-        return found
-
-    def cancel(self) -> None:
-        """Ends the waits, and a load of this process's own."""
-        self._cancelled.set()
-        self._attachment.cancel()
-
-    def _poll(self, look: Callable[[float], bool], timeout: float | None) -> bool:
-        end = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = _LOOK_SECONDS if end is None else min(max(end - time.monotonic(), 0.0), _LOOK_SECONDS)
-            try:
-                if look(left):
-                    return True
-            except SllmError:
-                if not self._cancelled.is_set():  # else it is a closed attachment's
-                    raise
-            self.check()
-            if end is not None and time.monotonic() >= end:
-                return False
-
-
 class Instance:
-    """See the module. Made by `Node.start`. Safe from several threads, except for `engine`, which has its own rules.
+    """See the module. Made by `Node.start`, or by `Node.hold` without an engine. Safe from several threads, except for
+    `engine`, which has its own rules.
 
     `tier` is where the bytes are: DRAM or DEVICE, lent by the store, or DISK if it had no room (`reason` says why) and they
     are loaded into memory of this process's own.
@@ -99,46 +41,55 @@ class Instance:
         instance_id: str,
         model: str,
         device: Device,
-        engine: Engine,
-        streamed: StreamedModel,
-        load: Load,
+        attach: Callable[[Device], Load],
         recorder: SpanRecorder,
         on_stop: Callable[[str], object],
     ) -> None:
-        self.instance_id, self.model, self.device = instance_id, ModelId(model), device.name
-        self.tier: Tier = load.tier
-        self.reason: str = load.reason
-        self._on_the_way = Warmth.DRAM if device.is_host else Warmth.DEVICE
-        self._held: tuple[Engine, StreamedModel, Load] | None = (engine, streamed, load)
-        self._recorder, self._on_stop = recorder, on_stop
+        """Attaches the model on `device`. Raises what `attach` raises."""
+        self.instance_id, self.model = instance_id, ModelId(model)
+        self._attach, self._recorder, self._on_stop = attach, recorder, on_stop
+        self._running: tuple[Engine, StreamedModel] | None = None
         self._error: BaseException | None = None
         self._arrived = threading.Event()
-        self._lock = threading.Lock()
-        follower = threading.Thread(target=self._follow, args=(streamed, load), name="sllm-node-load", daemon=True)
-        try:
-            follower.start()
-        except RuntimeError as error:
-            raise NodeError(f"no thread can be started to watch the load of {model} ({error}); end some threads and start it again") from error
-        self._follower = follower  # not before: one that never ran would hold what it was to follow, in a cycle
+        self._follower: threading.Thread | None = None
+        self._lock = threading.RLock()
+        self._load: Load | None = self._attached(device)
+
+    def _attached(self, device: Device) -> Load:
+        with self._recorder.span("attach", warmth=Warmth.DEVICE):
+            load = self._attach(device)
+        self.device = device.name
+        self.tier: Tier = load.tier
+        self.reason: str = load.reason
+        self._place = Warmth.DRAM if device.is_host else Warmth.DEVICE
+        return load
 
     def __repr__(self) -> str:
         return f"<Instance {self.instance_id} of {self.model} on {self.device}: {self.warmth}>"
 
     @property
+    def digest(self) -> str:
+        """Names the weights: the digest of the checkpoint's index. Raises NodeError once the instance was stopped."""
+        found: str = self._held().checkpoint.digest
+        return found
+
+    @property
     def engine(self) -> Engine:
-        """It may run at once: what it lacks, its first pass waits for. Raises NodeError once the instance was stopped."""
-        held = self._held
-        if held is None:
-            raise NodeError(f"instance {self.instance_id} of {self.model} was stopped; start another")
-        return held[0]
+        """It may run at once: what it lacks, its first pass waits for. Raises NodeError once the instance was stopped, and while
+        it has no engine."""
+        self._held()
+        running = self._running
+        if running is None:
+            raise NodeError(f"instance {self.instance_id} of {self.model} holds weights and no engine; make it ready first")
+        return running[0]
 
     @property
     def warmth(self) -> Warmth:
-        """READY from the last byte on; before it the rung the bytes are on their way to (DRAM on a CPU, DEVICE on a GPU);
-        COLD once it was stopped, or its load failed."""
-        if self._held is None or self._error is not None:
+        """READY from the last byte on if it has an engine; else the rung the bytes are on, or on their way to (DRAM on a CPU, DEVICE
+        on a GPU); COLD once it was stopped, or its load failed."""
+        if self._load is None or self._error is not None:
             return Warmth.COLD
-        return Warmth.READY if self._arrived.is_set() else self._on_the_way
+        return Warmth.READY if self._running is not None and self._arrived.is_set() else self._place
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -155,14 +106,87 @@ class Instance:
                 found[span.warmth] += span.seconds
         return {rung: seconds for rung, seconds in found.items() if seconds}
 
+    def arrived(self) -> bool:
+        """Whether every byte is there. Raises the load's error, NodeError once the instance was stopped."""
+        load = self._held()
+        return all(load.ready(layer) for layer in load.layers)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits for the last byte, with an engine or without. Raises the load's error, LoadCancelled if the instance is stopped
+        before that byte, NodeError if it was already, TimeoutError."""
+        self._held().wait_for_all(timeout)
+
+    def hold(self, device: str | Device) -> None:
+        """Brings the weights to another place and waits for them there; what the place before lent is given back then. Raises
+        NodeError while there is an engine, and what attaching and loading raise: the weights are where they were then."""
+        target = get_device(device)
+        with self._lock:
+            before = self._held()
+            if target.name == self.device:
+                return
+            if self._running is not None:
+                raise NodeError(f"instance {self.instance_id} of {self.model} has an engine on {self.device}; let it fall to DEVICE first")
+            place = self.device, self.tier, self.reason, self._place
+            load = None
+            try:
+                load = self._attached(target)
+                load.wait_for_all()
+            except BaseException:
+                if load is not None:
+                    load.close()
+                self.device, self.tier, self.reason, self._place = place
+                raise
+            self._load = load
+            before.close()
+
+    def make_ready(self, *, max_batch: int = 8) -> Engine:
+        """Makes the engine, which may run while bytes still arrive, or gives the one there is. Raises ModelError for a model that
+        cannot be run, NodeError once the instance was stopped; it holds what it held before then."""
+        from sllm_mini.inference import Engine, load_tokenizer, stream_model
+
+        with self._lock:
+            load = self._held()
+            if self._running is not None:
+                return self._running[0]
+            recorder = self._recorder
+            with recorder.span("tokenizer", warmth=Warmth.DRAM):
+                tokenizer = load_tokenizer(load.checkpoint)
+            loading: Any = load  # it has what stream_model asks for, most of it the attachment's own
+            streamed = stream_model(loading, recorder=recorder)
+            with recorder.span("engine", warmth=Warmth.READY):
+                engine = Engine(streamed.model, tokenizer, max_batch=max_batch, name=load.checkpoint.digest, recorder=recorder)
+            self._arrived = threading.Event()
+            follower = threading.Thread(target=self._follow, args=(streamed, load, self._arrived), name="sllm-node-load", daemon=True)
+            try:
+                follower.start()
+            except RuntimeError as error:
+                raise NodeError(f"no thread can be started to watch the load of {self.model} ({error}); end some threads and start it again") from error
+            self._follower = follower  # not before: one that never ran would hold what it was to follow, in a cycle
+            self._running = engine, streamed
+            return engine
+
     def ready(self, timeout: float | None = None) -> Engine:
         """Waits for the last byte and returns the engine. Raises the load's error, LoadCancelled if it was stopped before
-        that byte, NodeError if after, TimeoutError."""
+        that byte, NodeError if after, or if it has no engine, TimeoutError."""
+        if self._follower is None:
+            return self.engine
         if not self._arrived.wait(timeout):
             raise TimeoutError(f"instance {self.instance_id} of {self.model} was not ready after {timeout} seconds")
         if self._error is not None:
             raise self._error.with_traceback(None)
         return self.engine
+
+    def fall(self, warmth: Warmth) -> None:
+        """Keeps less: at DEVICE the weights where they are and no engine, at DRAM the weights in the host's memory, below it nothing,
+        as after `stop`. Where it keeps less already, nothing happens. Waits for bytes that it keeps and that are still arriving.
+        Raises what `hold` raises."""
+        if warmth < Warmth.DRAM:
+            return self.stop()
+        with self._lock:
+            if warmth < Warmth.READY:
+                self._drop_engine()
+            if warmth < Warmth.DEVICE and self._load is not None:
+                self.hold("cpu")
 
     def stop(self) -> None:
         """Drops the engine, and with it the lease: the store may evict then. Safe to call twice.
@@ -171,27 +195,43 @@ class Instance:
         engine holds the memory too, so the lease ends with the last of them. A store in another process takes note of the
         end some milliseconds later.
         """
+        held = self._load
+        if held is not None:
+            held.cancel()  # before the lock: whoever has it may be waiting for bytes
+        del held
         with self._lock:
-            if self._held is None:
+            if self._load is None:
                 return
-            engine, streamed, load = self._held
-            self._held = None
-            load.cancel()
-            self._follower.join()
-            model = weakref.ref(streamed.model)
-            del engine, streamed, load
-            if model() is not None:  # held by a cycle, perhaps: the first import of a library leaves one with frames in it
-                gc.collect()
+            self._load.cancel()
+            self._load = None
+            self._drop_engine()
         self._on_stop(self.instance_id)
 
-    def _follow(self, streamed: StreamedModel, load: Load) -> None:
+    def _held(self) -> Load:
+        load = self._load
+        if load is None:
+            raise NodeError(f"instance {self.instance_id} of {self.model} was stopped; start another")
+        return load
+
+    def _drop_engine(self) -> None:
+        if self._running is None or self._follower is None:
+            return
+        engine, streamed = self._running
+        self._running = None
+        self._follower.join()
+        model = weakref.ref(streamed.model)
+        del engine, streamed
+        if model() is not None:  # held by a cycle, perhaps: the first import of a library leaves one with frames in it
+            gc.collect()
+
+    def _follow(self, streamed: StreamedModel, load: Load, arrived: threading.Event) -> None:
         started = time.monotonic()
         try:
             streamed.wait()
             self._recorder.spans.append(Span("bytes", started, time.monotonic(), "loader", load.checkpoint.nbytes, Warmth.DEVICE))
         except BaseException as error:  # noqa: BLE001 - it is the load's result and raised by whoever waits for it
             self._error = error.with_traceback(None)
-        self._arrived.set()
+        arrived.set()
 
     def __enter__(self) -> Instance:
         return self

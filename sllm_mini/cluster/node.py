@@ -11,19 +11,19 @@ a process of its own for an instance is a `Zygote`'s child that makes a node of 
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import sys
 import threading
 import traceback
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sllm_mini.cluster.instance import Instance, Load, NodeError
-from sllm_mini.cluster.zygote import RUNTIME
+from sllm_mini.cluster.instance import Instance, NodeError
+from sllm_mini.cluster.load import Load
+from sllm_mini.cluster.runtime import has_runtime, import_runtime
 from sllm_mini.device import get_device
 from sllm_mini.device.base import Device
-from sllm_mini.errors import StoreError
+from sllm_mini.errors import LoadCancelled, StoreError
 from sllm_mini.storage.holdings import DRAM
 from sllm_mini.storage.sources import DISK
 from sllm_mini.types import NodeId, ProgressCallback, SpanRecorder, Warmth
@@ -60,6 +60,15 @@ class Node:
         run, what attaching and loading raise, NodeError once the node is closed, LoadCancelled if it is closed meanwhile. A
         start that raised has left no lease, instance or thread, even if its error is kept.
         """
+        return self._begin(lambda name, cancelled: self._start(name, model, get_device(device), overlap, cancelled))
+
+    def hold(self, model: str, device: str | Device = "cpu") -> Instance:
+        """An instance without an engine: the lease on a model's weights, which may still arrive (`Instance.wait`). Imports torch.
+        Raises as `start` does."""
+        return self._begin(lambda name, cancelled: self._hold(name, model, get_device(device), SpanRecorder(), cancelled))
+
+    def _begin(self, climb: Callable[[str, threading.Event], Instance]) -> Instance:
+        """Gives a start a number and what cancels it, and keeps what came of it."""
         cancelled = threading.Event()
         with self._changed:
             if self._closed:
@@ -67,7 +76,7 @@ class Node:
             self._starting.add(cancelled)
             instance_id = f"{self.node_id}/{next(self._numbers)}"
         try:
-            return self._start(instance_id, model, get_device(device), overlap, cancelled)
+            return climb(instance_id, cancelled)
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # whoever keeps the error would keep the tensors in them
             raise
@@ -79,33 +88,39 @@ class Node:
     def _start(self, instance_id: str, model: str, device: Device, overlap: bool, cancelled: threading.Event) -> Instance:
         recorder = SpanRecorder()
         with recorder.span("import", warmth=Warmth.RUNTIME):
-            for name in RUNTIME:
-                importlib.import_module(name)
-        from sllm_mini.inference import Engine, load_tokenizer, stream_model
+            import_runtime()
 
-        with recorder.span("attach", warmth=Warmth.DEVICE):
-            load = Load(self.store.attach(model, device), cancelled)
-        instance: Instance | None = None
-        try:
-            with recorder.span("tokenizer", warmth=Warmth.DRAM):
-                tokenizer = load_tokenizer(load.checkpoint)
-            loading: Any = load  # it has what stream_model asks for, most of it the attachment's own
-            streamed = stream_model(loading, recorder=recorder)
-            with recorder.span("engine", warmth=Warmth.READY):
-                engine = Engine(streamed.model, tokenizer, name=load.checkpoint.digest, recorder=recorder)
-            instance = Instance(instance_id, model, device, engine, streamed, load, recorder, self._forget)
+        def make_ready(instance: Instance) -> None:
+            instance.make_ready()
             if not overlap:
                 with recorder.span("wait for bytes", warmth=Warmth.DEVICE):
                     instance.ready()
-            with self._changed:
-                load.check()
-                self._instances[instance_id] = instance
+
+        return self._hold(instance_id, model, device, recorder, cancelled, make_ready)
+
+    def _hold(
+        self,
+        instance_id: str,
+        model: str,
+        device: Device,
+        recorder: SpanRecorder,
+        cancelled: threading.Event,
+        then: Callable[[Instance], object] = lambda _: None,
+    ) -> Instance:
+        instance = Instance(instance_id, model, device, lambda place: Load(self.store.attach(model, place), cancelled), recorder, self._forget)
+        try:
+            then(instance)
+            self._keep(instance, cancelled)
         except BaseException:
-            load.cancel()
-            if instance is not None:
-                instance.stop()
+            instance.stop()
             raise
         return instance
+
+    def _keep(self, instance: Instance, cancelled: threading.Event) -> None:
+        with self._changed:
+            if cancelled.is_set():
+                raise LoadCancelled(f"the start of {instance.model} was cancelled: its node closed")
+            self._instances[instance.instance_id] = instance
 
     def _forget(self, instance_id: str) -> None:
         with self._changed:
@@ -126,7 +141,7 @@ class Node:
         whole = {held.place for held in found.places if not held.loading and held.nbytes >= found.nbytes} - {DISK}
         if whole:
             return Warmth.DRAM if whole == {DRAM} else Warmth.DEVICE
-        return Warmth.RUNTIME if all(name in sys.modules for name in RUNTIME) else Warmth.PROCESS
+        return Warmth.RUNTIME if has_runtime() else Warmth.PROCESS
 
     def prefetch(self, model: str, to: str = DRAM, *, on_progress: ProgressCallback | None = None) -> None:
         """Brings a model to a place ("disk", "dram", "cuda:0") and returns when it is there; see `Store.prefetch`."""

@@ -54,6 +54,10 @@ class Fork(Message, frozen=True):
 
 
 class Forked(Message, frozen=True):
+    """The child runs. Descriptor: its pidfd, so that its client can kill it where the zygote hangs, and never a stranger."""
+
+    max_fds = 1
+
     pid: Pid
 
 

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -161,7 +161,8 @@ class _Zygote:
             elif lease.pid:
                 self._drop(lease)
             else:
-                self._answer(lease, self._fork(lease, received))
+                answer = self._fork(lease, received)
+                self._answer(lease, answer, fds=[lease.pidfd] if isinstance(answer, Forked) else [])
 
     def _fork(self, lease: _Lease, received: Received[Fork]) -> Forked | Failed:
         """Forks; the child leaves by `become` and never comes back here."""
@@ -203,9 +204,9 @@ class _Zygote:
         self._answer(lease, Exited(result.si_status if result.si_code == os.CLD_EXITED else -result.si_status))
         self._drop(lease)
 
-    def _answer(self, lease: _Lease, message: Message) -> None:
+    def _answer(self, lease: _Lease, message: Message, fds: Sequence[int] = ()) -> None:
         try:
-            lease.channel.send(message, timeout=_PATIENCE_SECONDS)
+            lease.channel.send(message, fds=fds, timeout=_PATIENCE_SECONDS)
         except WireError:
             self._drop(lease)
 

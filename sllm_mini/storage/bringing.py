@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 from sllm_mini.checkpoint.directory import Checkpoint
 from sllm_mini.errors import IntegrityError, LoadCancelled, StoreError
@@ -18,6 +19,7 @@ from sllm_mini.storage.attach import Arriving
 from sllm_mini.storage.discard import Discard
 from sllm_mini.storage.failures import words
 from sllm_mini.storage.holdings import DRAM, Entry, Holdings, Lease
+from sllm_mini.storage.incoming import PEERS, Incoming
 from sllm_mini.storage.places import DevicePlace, Dram, Image, image_plan
 from sllm_mini.storage.remote import RemoteCheckpoint
 from sllm_mini.storage.sources import DISK, Origin, Sources
@@ -32,7 +34,7 @@ class Transfer:
 
     def __init__(self, moving: Arriving) -> None:
         self.moving = moving
-        self.noted = threading.Event()
+        self.noted = moving.noted if isinstance(moving, Incoming) else threading.Event()
 
     @property
     def layers(self) -> list[str]:
@@ -105,6 +107,38 @@ class Bringer:
                     return self._start(entry, held, source, use, job, reading)
             other.wait()
 
+    def receive(self, entry: Entry, block_nbytes: int) -> Incoming:
+        """An image in DRAM that others fill. Raises StoreError where it is there or on its way, NoRoomError."""
+        with entry.lock, ExitStack() as job:
+            self._begin(job)
+            with self._holdings.locked():
+                self._holdings.require(entry)
+                held = self._holdings.place(DRAM)
+                image = held.get(entry.name)
+                if image is not None and (image.loading or image.whole):
+                    raise StoreError(f"{entry.name} is in {DRAM} or on its way there; attach it instead")
+                self._holdings.make_room(entry, DRAM)
+                image = held.reserve(entry.name, entry.version.checkpoint)
+                image.loading = True
+                lease = self._holdings.lease(entry, DRAM, image, PEERS, use=False)
+            moving: Incoming | None = None
+            try:
+                moving = Incoming(lease, block_nbytes, partial(self._source, entry))
+                self._follow(entry, held, image, moving, None, job, ExitStack())
+            except BaseException as error:
+                self._give_up(entry, held, image, moving, error)
+                lease.close()
+                raise
+            return moving
+
+    @contextmanager
+    def _source(self, entry: Entry) -> Iterator[Origin]:
+        """A model's source, opened for what of its image did not come otherwise."""
+        with ExitStack() as reading:
+            while (other := self._claim(entry, reading)) is not None:
+                other.wait()
+            yield self._open(entry, reading)
+
     def to_disk(self, entry: Entry, on_progress: ProgressCallback | None) -> None:
         """Reads a remote model into the disk cache and nowhere else; does nothing where it is on the disk. Raises
         StoreError if the cache cannot take it, and what reading it raises."""
@@ -156,26 +190,36 @@ class Bringer:
         moving: Arriving | None = None
         try:
             moving = held.bring(image, source)
-            transfer = image.arriving = Transfer(moving)
-            self._cancel_when_closed(moving, job)
-            kept_job, kept_reading = job.pop_all(), reading.pop_all()
-            followed = (entry, held, image, transfer, origin, kept_job, kept_reading)
-            watcher = threading.Thread(target=self._watch, args=followed, name="sllm-store-load", daemon=True)
-            try:
-                watcher.start()
-            except RuntimeError as error:
-                job.push(kept_job)
-                reading.push(kept_reading)
-                raise StoreError(f"no thread can be started to watch the load of {entry.name} ({error}); end some threads and ask again") from error
+            self._follow(entry, held, image, moving, origin, job, reading)
         except BaseException as error:
-            if moving is not None:
-                moving.cancel()
-                while not moving.done:  # nothing may move into memory that is given back
-                    time.sleep(_LOOK_SECONDS)
-            self._settle(entry, held, image, error)
+            self._give_up(entry, held, image, moving, error)
             lease.close()
             raise
         return lease
+
+    def _follow(
+        self, entry: Entry, held: Dram | DevicePlace, image: Image, moving: Arriving, origin: Origin | None, job: ExitStack, reading: ExitStack
+    ) -> None:
+        """Has a transfer watched to its end on a thread of its own, which closes `job` and `reading` then."""
+        transfer = image.arriving = Transfer(moving)
+        self._cancel_when_closed(moving, job)
+        kept_job, kept_reading = job.pop_all(), reading.pop_all()
+        followed = (entry, held, image, transfer, origin, kept_job, kept_reading)
+        watcher = threading.Thread(target=self._watch, args=followed, name="sllm-store-load", daemon=True)
+        try:
+            watcher.start()
+        except RuntimeError as error:
+            job.push(kept_job)
+            reading.push(kept_reading)
+            raise StoreError(f"no thread can be started to watch the load of {entry.name} ({error}); end some threads and ask again") from error
+
+    def _give_up(self, entry: Entry, held: Dram | DevicePlace, image: Image, moving: Arriving | None, error: BaseException) -> None:
+        """Ends a transfer that nobody watches, and gives its memory back."""
+        if moving is not None:
+            moving.cancel()
+            while not moving.done:  # nothing may move into memory that is given back
+                time.sleep(_LOOK_SECONDS)
+        self._settle(entry, held, image, error)
 
     def _watch(
         self, entry: Entry, held: Dram | DevicePlace, image: Image, transfer: Transfer, origin: Origin | None, job: ExitStack, reading: ExitStack
@@ -197,7 +241,10 @@ class Bringer:
                     if error is None:
                         if moved_nbytes:  # the rest was there: all of it would have taken so much longer
                             entry.seconds[held.name] = (time.monotonic() - started) * image.checkpoint.nbytes / moved_nbytes
-                        self._count(None if origin is None else origin.checkpoint, DRAM if origin is None else origin.place, held.name, moved_nbytes)
+                        if isinstance(transfer.moving, Incoming):
+                            self._holdings.moved.update({f"{place}->{held.name}": nbytes for place, nbytes in transfer.moving.moved.items()})
+                        else:
+                            self._count(None if origin is None else origin.checkpoint, DRAM if origin is None else origin.place, held.name, moved_nbytes)
             finally:
                 try:
                     self._settle(entry, held, image, error)

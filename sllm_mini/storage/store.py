@@ -25,6 +25,7 @@ from sllm_mini.storage.attach import Attachment, load_elsewhere
 from sllm_mini.storage.bringing import Bringer, follow
 from sllm_mini.storage.disk import DiskCache
 from sllm_mini.storage.holdings import DRAM, Entry, Holdings, Lease, Listener
+from sllm_mini.storage.incoming import Incoming
 from sllm_mini.storage.lending import attach_lease
 from sllm_mini.storage.memory import SharedPool
 from sllm_mini.storage.places import DevicePlace, Dram
@@ -121,6 +122,10 @@ class Store:
         with self._holdings.locked():
             return [self._describe(entry) for entry in self._holdings.entries.values()]
 
+    def digest(self, name: str) -> str:
+        """What names a model's weights in every session of it: the digest of its index. Raises StoreError."""
+        return self._holdings.entry(name).version.checkpoint.digest
+
     def _describe(self, entry: Entry) -> messages.Model:
         found = self._sources.on_disk(entry.version)
         if found is None:
@@ -178,6 +183,12 @@ class Store:
         with self._holdings.locked():
             self._holdings.attached[found.found_in if isinstance(found, Lease) else "elsewhere"] += 1
         return found
+
+    def receive(self, name: str, block_nbytes: int) -> Incoming:
+        """An image in DRAM that others fill block by block; it can be attached meanwhile, and is in use until it is closed.
+
+        Raises StoreError where the model is in DRAM or on its way there, NoRoomError, ValueError for blocks of less than 2 MiB."""
+        return self._bringer.receive(self._holdings.entry(name), block_nbytes)
 
     def pin(self, name: str, place: str, pinned: bool = True) -> None:
         """Keeps a model from being evicted from a place, or no longer; brings nothing there. Raises StoreError."""

@@ -40,6 +40,8 @@ _HEADER = struct.Struct("<3sBIIQ")
 _MAGIC = b"SLM"
 _VERSION = 1
 _IOV_MAX = 1024
+_PACED_NBYTES = 64 << 10
+"""How much of a payload goes over a paced channel at a time."""
 _CONTROL_NBYTES = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 BytesLike = bytes | bytearray | memoryview
@@ -84,6 +86,13 @@ class Channel(Generic[M]):
         self._sending = threading.RLock()
         self._receiving = threading.RLock()
         self._ended: str | None = None
+        self._sent: Callable[[int], object] | None = None
+        self._received: Callable[[int], object] | None = None
+
+    def pace(self, *, sent: Callable[[int], object] | None = None, received: Callable[[int], object] | None = None) -> None:
+        """Limits the rate from now on: each is called with the bytes that have just moved, of a payload at most 64 KiB, and returns
+        when more may. Time spent there is not looked at by a `timeout`."""
+        self._sent, self._received = sent, received
 
     def send(
         self,
@@ -160,12 +169,15 @@ class Channel(Generic[M]):
         try:
             while first < len(views):
                 try:
-                    count = self._sock.sendmsg(views[first : first + _IOV_MAX], [] if started else control)
+                    now = views[first : first + _IOV_MAX] if self._sent is None else [views[first][:_PACED_NBYTES]]
+                    count = self._sock.sendmsg(now, [] if started else control)
                 except BlockingIOError:
                     if not ready(self._sock, select.POLLOUT, deadline):
                         raise WireTimeout(f"{self.name}: {kind} was not taken in time; the peer does not read", ended=started) from None
                     continue
                 started = True
+                if self._sent is not None:
+                    self._sent(count)
                 while first < len(views) and count >= views[first].nbytes:
                     count -= views[first].nbytes
                     first += 1
@@ -213,9 +225,10 @@ class Channel(Generic[M]):
     def _fill(self, view: memoryview, what: str, deadline: float | None, fds: list[int] | None = None) -> None:
         """Receives exactly `view.nbytes`. Only a header has a list for descriptors, so only there may they come."""
         done, header = 0, fds is not None
+        at_most = view.nbytes if self._received is None else _PACED_NBYTES
         while done < view.nbytes:
             try:
-                count, control, flags, _ = self._sock.recvmsg_into([view[done:]], _CONTROL_NBYTES if header else 0, socket.MSG_CMSG_CLOEXEC)
+                count, control, flags, _ = self._sock.recvmsg_into([view[done : done + at_most]], _CONTROL_NBYTES if header else 0, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 if not ready(self._sock, select.POLLIN, deadline):
                     idle = header and done == 0
@@ -234,6 +247,8 @@ class Channel(Generic[M]):
             if count == 0:
                 raise WireError(f"{self.name}: the peer ended after {done:,} of the {view.nbytes:,} bytes of {what}")
             done += count
+            if self._received is not None:
+                self._received(count)
 
     def _check_open(self) -> None:
         if self._ended:

@@ -22,9 +22,10 @@ from processes import PATIENCE, children_of, is_gone, on_the_path
 
 from sllm_mini.cluster import Child, ForkOptions, Zygote, ZygoteError, fork_from
 from sllm_mini.cluster import zygote_process as process_module
+from sllm_mini.cluster.zygote import ZygoteGoneError
 from sllm_mini.cluster.zygote_messages import Begin, Exited, Failed, Fork, Forked, Signal
 from sllm_mini.errors import WireError
-from sllm_mini.wire import Channel, Message, connect
+from sllm_mini.wire import Channel, Message, WireTimeout, connect
 
 WORKER = """
 import os, resource, sys, time
@@ -124,6 +125,13 @@ def raw(zygote: Zygote) -> Channel[Message]:
     return Channel(connect(zygote.path), Forked | Failed | Exited, name="hostile client")
 
 
+def forked(channel: Channel[Message]) -> Forked:
+    """The answer to a fork, without the descriptor that came with it."""
+    with channel.receive(PATIENCE) as received:
+        assert isinstance(received.message, Forked) and len(received.fds) == 1
+        return received.message
+
+
 def request(entry: str) -> Fork:
     return Fork(entry, b"[[], {}]", dict(os.environb), b"/")
 
@@ -171,6 +179,34 @@ def test_a_zygote_that_is_killed_while_it_forks_is_an_error_and_no_wait(mortal: 
     thread.join(PATIENCE)
     (failure,) = failures
     assert "it ended, or is stuck" in str(failure)
+
+
+def test_a_child_of_a_zygote_that_hangs_can_be_killed_and_is_known_to_have_ended(mortal: Zygote) -> None:
+    child = mortal.fork(SLEEP, options=ForkOptions(patience=0.3))
+    assert not child.gone(0)
+    os.kill(mortal.pid, signal.SIGSTOP)
+    with pytest.raises(ZygoteGoneError, match="it ended, or is stuck"):
+        mortal.fork(GIVE, options=ForkOptions(patience=0.3))
+    child.kill()
+    assert child.gone(PATIENCE)
+    child.kill()
+    with pytest.raises(WireTimeout):
+        child.wait(0)  # nobody says how
+    child.close()
+    child.close()
+    for ask in (child.kill, child.gone):
+        with pytest.raises(ZygoteError, match="was closed here"):
+            ask()
+    mortal.kill()
+    assert is_gone(mortal.pid)
+
+
+def test_a_zygote_has_the_patience_it_was_given(search: Path) -> None:
+    with Zygote([], ENTRIES, patience=0.3) as zygote:
+        os.kill(zygote.pid, signal.SIGSTOP)
+        with pytest.raises(ZygoteGoneError):
+            zygote.fork(GIVE)
+    assert is_gone(zygote.pid)
 
 
 OWNER = """
@@ -430,7 +466,7 @@ def test_signals_without_a_child_reach_nobody(zygote: Zygote) -> None:
     with raw(zygote) as channel:
         channel.send(Signal(signal.SIGKILL))
         channel.send(request(GIVE), fds=[0, 1, 2])
-        assert isinstance(channel.receive(PATIENCE).message, Forked)
+        forked(channel)
         assert channel.receive(PATIENCE).message == Exited(0)
     with pytest.raises(WireError, match="breaks its own schema"), raw(zygote) as channel:
         channel.send(Signal(0))
@@ -440,8 +476,7 @@ def test_signals_without_a_child_reach_nobody(zygote: Zygote) -> None:
 def test_a_second_request_on_one_connection_ends_it_and_its_child(zygote: Zygote) -> None:
     with raw(zygote) as channel:
         channel.send(request(SLEEP), fds=[0, 1, 2])
-        answer = channel.receive(PATIENCE).message
-        assert isinstance(answer, Forked)
+        answer = forked(channel)
         channel.send(request(SLEEP), fds=[0, 1, 2])
         assert is_gone(answer.pid)
     assert is_well(zygote)
@@ -461,12 +496,12 @@ def test_a_connection_that_takes_over_the_number_of_another_is_not_taken_for_it(
     for _ in range(10):
         with raw(zygote) as leaving:
             leaving.send(request(SLEEP), fds=[0, 1, 2])
-            assert isinstance(leaving.receive(PATIENCE).message, Forked)
+            forked(leaving)
             os.kill(zygote.pid, signal.SIGSTOP)
         with raw(zygote) as coming:
             coming.send(request(GIVE), fds=[0, 1, 2])
             os.kill(zygote.pid, signal.SIGCONT)
-            assert isinstance(coming.receive(PATIENCE).message, Forked)
+            forked(coming)
             assert coming.receive(PATIENCE).message == Exited(0)
     assert is_well(zygote)
 

@@ -103,12 +103,12 @@ class MigrationTarget:
         self._length += len(token_ids)
 
     def _write(self, start: int, count: int, payload: memoryview) -> None:
-        import torch
-
         guest = self._expect(start)
         if payload.nbytes != count * self._engine.kv_nbytes_per_token:
             raise WireError(f"the KV of {count} tokens came as {payload.nbytes:,} bytes; this model has {self._engine.kv_nbytes_per_token:,} a token")
         if count:
+            import torch
+
             self._engine.write_kv(guest.request_id, start, torch.frombuffer(payload, dtype=torch.uint8))
             self._length += count
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Protocol
 
 from sllm_mini.errors import ModelError
 from sllm_mini.inference.ownership.messages import Finish, Token, Verdict
@@ -34,6 +35,17 @@ class LedgerPiece:
     text: str
     epoch: Epoch
     arrived: float
+    logprob: float | None = None
+
+
+class Journal(Protocol):
+    """What the ledger tells before it shows it. Called with the ledger's lock held, so it calls nothing of the ledger."""
+
+    def taken(self, tokens: Sequence[Token]) -> None:
+        """These are the next ones of their requests; the last of a text says how it ended."""
+
+    def ended(self, request_id: str, finish: Finish | None, error: str | None) -> None:
+        """No token comes after it: it was ended with `finish`, or failed."""
 
 
 @dataclass(slots=True)
@@ -52,15 +64,25 @@ class _Entry:
     def next_position(self) -> int:
         return len(self.session.token_ids) + len(self.pieces)
 
+    @property
+    def over(self) -> bool:
+        return self.finish is not None or self.error is not None
+
     def says_more_than(self, count: int) -> bool:
-        return len(self.pieces) > count or self.finish is not None or self.error is not None
+        return len(self.pieces) > count or self.over
 
 
 class TokenLedger:
-    """The tokens of every open request. `register` is the arbiter that says which epoch counts. Safe from several threads."""
+    """The tokens of every open request. `register` is the arbiter that says which epoch counts. Safe from several threads.
 
-    def __init__(self, register: EpochRegister) -> None:
+    `on_end(request_id)` is called once for each request, when its text has ended or it failed, on the thread that said so
+    and with no lock held; not where it is closed before.
+    """
+
+    def __init__(self, register: EpochRegister, *, on_end: Callable[[str], object] | None = None, journal: Journal | None = None) -> None:
         self._register = register
+        self._on_end = on_end
+        self._journal = journal
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
 
@@ -71,31 +93,54 @@ class TokenLedger:
                 raise ValueError(f"request {session.request_id!r} is in the ledger already; give each request an id of its own")
             self._entries[session.request_id] = _Entry(session, threading.Condition(self._lock))
 
+    def reopen(self, session: Session, pieces: Sequence[LedgerPiece], finish: Finish | None, error: str | None) -> None:
+        """Begins a request as it stood in a journal: with what it had said, and how it ended where it had. `on_end` is not
+        called, and nothing is written. Raises ValueError if it is open already."""
+        self.open(session)
+        with self._lock:
+            entry = self._entries[session.request_id]
+            entry.pieces, entry.finish, entry.error = list(pieces), finish, error
+
     def accept(self, token: Token) -> Verdict:
         """Takes one token, or says why not; see `Verdict`."""
-        with self._lock:
-            entry = self._entries.get(token.request_id)
-            if entry is None:
-                return "stale"  # the request is over for the client
-            owner, epoch = self._register.owner(token.request_id)
-            if owner is None or token.epoch != epoch:
-                return "stale"
-            behind = entry.next_position - token.position
-            if 0 < behind <= len(entry.pieces):
-                known = entry.pieces[-behind]
-                last = entry.finish if behind == 1 else None
-                same = (known.token_id, known.text, last) == (token.token_id, token.text, token.finish)
-                return "had" if same else "refused"
-            if behind or entry.finish or entry.error:
-                return "refused"
-            entry.pieces.append(LedgerPiece(token.position, token.token_id, token.text, epoch, time.monotonic()))
-            entry.finish = token.finish
-            entry.changed.notify_all()
-            return "taken"
+        return self.deliver([token])[0]
 
     def deliver(self, tokens: Sequence[Token]) -> list[Verdict]:
-        """`accept` for each, in order."""
-        return [self.accept(token) for token in tokens]
+        """`accept` for each, in order; the journal has them in one piece."""
+        verdicts: list[Verdict] = []
+        taken: list[Token] = []
+        with self._lock:
+            for token in tokens:
+                verdicts.append(self._accept(token))
+                if verdicts[-1] == "taken":
+                    taken.append(token)
+            if taken and self._journal is not None:
+                self._journal.taken(taken)
+            for token in taken:
+                self._entries[token.request_id].changed.notify_all()
+        for token in taken:
+            if token.finish is not None:
+                self._ended(token.request_id)
+        return verdicts
+
+    def _accept(self, token: Token) -> Verdict:
+        entry = self._entries.get(token.request_id)
+        if entry is None:
+            return "stale"  # the request is over for the client
+        owner, epoch = self._register.owner(token.request_id)
+        if owner is None or token.epoch != epoch:
+            return "stale"
+        behind = entry.next_position - token.position
+        if 0 < behind <= len(entry.pieces):
+            known = entry.pieces[-behind]
+            last = entry.finish if behind == 1 else None
+            same = (known.token_id, known.text, last) == (token.token_id, token.text, token.finish)
+            return "had" if same else "refused"
+        if behind or entry.over:
+            return "refused"
+        entry.pieces.append(LedgerPiece(token.position, token.token_id, token.text, epoch, time.monotonic(), token.logprob))
+        entry.finish = token.finish
+        return "taken"
 
     def give_up(self, request_id: str, epoch: int, reason: str) -> bool:
         """`fail`, said by the owner of that epoch; False, and nothing done, if it is not the owner any more."""
@@ -104,20 +149,38 @@ class TokenLedger:
             owner, now = self._register.owner(request_id)
             if entry is None or owner is None or now != epoch:
                 return False
-            _fail(entry, reason)
-            return True
+            ended = self._end(entry, None, reason)
+        if ended:
+            self._ended(request_id)
+        return True
 
     def end(self, request_id: str, finish: Finish = "cancelled") -> None:
         """Ends a request for the client before its text does; no token is taken any more."""
         with self._lock:
-            entry = self._entry(request_id)
-            entry.finish = entry.finish or finish
-            entry.changed.notify_all()
+            ended = self._end(self._entry(request_id), finish, None)
+        if ended:
+            self._ended(request_id)
 
     def fail(self, request_id: str, reason: str) -> None:
         """Ends a request that nobody can carry on: whoever reads its stream gets ModelError(reason)."""
         with self._lock:
-            _fail(self._entry(request_id), reason)
+            ended = self._end(self._entry(request_id), None, reason)
+        if ended:
+            self._ended(request_id)
+
+    def _end(self, entry: _Entry, finish: Finish | None, error: str | None) -> bool:
+        """True where it was not over before. With the lock held."""
+        if entry.over:
+            return False
+        if self._journal is not None:
+            self._journal.ended(entry.session.request_id, finish, error)
+        entry.finish, entry.error = finish, error
+        entry.changed.notify_all()
+        return True
+
+    def _ended(self, request_id: str) -> None:
+        if self._on_end is not None:
+            self._on_end(request_id)
 
     def close(self, request_id: str) -> None:
         """Forgets a request, which frees its id at the register too; a stream that still reads it ends with ModelError."""
@@ -159,6 +222,11 @@ class TokenLedger:
         with self._lock:
             return self._entry(request_id).finish
 
+    def error(self, request_id: str) -> str | None:
+        """Why it failed, None if it has not. Raises ModelError for a request that is not open."""
+        with self._lock:
+            return self._entry(request_id).error
+
     def session(self, request_id: str) -> Session:
         """The request as the client knows it: an engine that adopts it gives the token after the last one accepted.
 
@@ -168,36 +236,33 @@ class TokenLedger:
             entry = self._entry(request_id)
             return _advanced(entry.session, entry.pieces)
 
-    def restart(self, request_id: str, owner: str, expected_epoch: int) -> tuple[Session, Epoch] | None:
+    def restart(self, request_id: str, owner: str, expected_epoch: int, *, blame: bool = True) -> tuple[Session, Epoch] | None:
         """Claims a request for a new owner and gives the state from which that one goes on; None if it is over or closed, or
         somebody else has claimed it. No token is taken meanwhile, so the session misses none.
 
-        A request that was begun again `MAX_RESTARTS` times and has given no token since fails instead.
+        A request that was begun again `MAX_RESTARTS` times and has given no token since fails instead; where the request cannot have
+        been at fault (it begins, or was taken from an owner that lives), it does not count (`blame`).
         """
         with self._lock:
             entry = self._entries.get(request_id)
             epoch = None if entry is None else self._register.claim(request_id, owner, expected_epoch)
-            if entry is None or epoch is None or entry.finish or entry.error:
+            if entry is None or epoch is None or entry.over:
                 return None
             said = len(entry.pieces)
-            entry.restarts = entry.restarts + 1 if said == entry.restarted_at else 1
-            entry.restarted_at = said
-            if entry.restarts > MAX_RESTARTS:
-                _fail(entry, f"it was begun again {MAX_RESTARTS} times and gave no token; it may be what its workers died of")
-                return None
-            return _advanced(entry.session, entry.pieces), epoch
+            if blame:
+                entry.restarts = entry.restarts + 1 if said == entry.restarted_at else 1
+                entry.restarted_at = said
+            if entry.restarts <= MAX_RESTARTS:
+                return _advanced(entry.session, entry.pieces), epoch
+            self._end(entry, None, f"it was begun again {MAX_RESTARTS} times and gave no token; it may be what its workers died of")
+        self._ended(request_id)
+        return None
 
     def _entry(self, request_id: str) -> _Entry:
         entry = self._entries.get(request_id)
         if entry is None:
             raise ModelError(f"request {request_id!r} is not in the ledger; it was never opened, or was closed")
         return entry
-
-
-def _fail(entry: _Entry, reason: str) -> None:
-    if entry.finish is None:
-        entry.error = reason
-    entry.changed.notify_all()
 
 
 def _advanced(session: Session, pieces: Sequence[LedgerPiece]) -> Session:

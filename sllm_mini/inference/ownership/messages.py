@@ -26,7 +26,8 @@ MAX_TOKENS = 256
 
 
 class Token(Message, frozen=True):
-    """One token of a request's text, as the owner in `epoch` gave it; the last one says how the text ended."""
+    """One token of a request's text, as the owner in `epoch` gave it; the last one says how the text ended. `logprob` is the
+    logarithm of its probability, where the engine says it."""
 
     request_id: RequestName
     epoch: Count
@@ -34,6 +35,7 @@ class Token(Message, frozen=True):
     token_id: Count
     text: Text
     finish: Finish | None = None
+    logprob: float | None = None
 
 
 class Owner(Message, frozen=True):

@@ -68,7 +68,7 @@ class Drop(Message, frozen=True):
 
 
 class Ping(Message, frozen=True):
-    """Is the process alive? Answered by `Done` at once, whatever else is being done."""
+    """Is the process alive? Answered by `Alive` at once, whatever else is being done."""
 
     number: Number
 
@@ -97,6 +97,13 @@ class Done(Message, frozen=True):
     number: Number
 
 
+class Alive(Message, frozen=True):
+    """The process answers. `stuck_seconds` says for how long a step has not ended that could have; see `EngineService`."""
+
+    number: Number
+    stuck_seconds: Seconds
+
+
 class Failed(Message, frozen=True):
     """`kind` is the name of a class of `sllm_mini.errors`."""
 
@@ -105,4 +112,4 @@ class Failed(Message, frozen=True):
     message: Annotated[str, Meta(max_length=8192)]
 
 
-Answer = Opened | Encoded | Moved | Done | Failed
+Answer = Opened | Encoded | Moved | Done | Alive | Failed

@@ -35,8 +35,9 @@ from sllm_mini.inference.ownership.server import OwnershipServer
 from sllm_mini.inference.sampler import SamplingOptions
 from sllm_mini.inference.session import Session, request_problem
 from sllm_mini.inference.workers import messages
-from sllm_mini.inference.workers.process import WorkerProcess
+from sllm_mini.inference.workers.process import WorkerProcess, start_process
 from sllm_mini.types import Epoch
+from sllm_mini.wire import Channel
 
 PROGRAM = ("-m", "sllm_mini.inference.workers.worker")
 
@@ -118,7 +119,7 @@ class Workers:
             with self._lock:
                 if self._closed:
                     raise WireError(f"worker {name} cannot start: these workers were closed; open others")
-                worker = WorkerProcess(name, self._program, self._bury)
+                worker = self._launch(name)
                 self._loading.add(worker)
             self.model = self._load(worker)
             with self._lock:
@@ -138,6 +139,10 @@ class Workers:
             self._bury(name)
         worker.watch(self.options.silent_seconds)
         return worker
+
+    def _launch(self, name: str) -> WorkerProcess:
+        ours, process = start_process(self._program)
+        return WorkerProcess(name, Channel(ours, messages.Answer, name=f"worker {name}"), process, self._bury)
 
     def _load(self, worker: WorkerProcess) -> str:
         options = self.options

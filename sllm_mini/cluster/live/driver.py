@@ -1,0 +1,279 @@
+"""The live cluster: the controller of the simulation over real nodes. Chapter 08.
+
+Whatever happens (a client asks, a node answers, a request ends, a timer is due) is put into one queue; one thread takes it out,
+tells the controller, and puts its actions into nodes' hands as orders. It waits for nobody. Weights go from store to node, tokens
+from worker to ledger; neither passes here.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from sllm_mini.cluster.accounting import account_of
+from sllm_mini.cluster.api import Ask, Cluster, Deployment, NodeReport, RefusedError
+from sllm_mini.cluster.journal import Journal, read_journal, repair
+from sllm_mini.cluster.live.carry import Carry, NodeHandle
+from sllm_mini.cluster.live.handles import handles_of
+from sllm_mini.cluster.live.keeping import Keeper
+from sllm_mini.cluster.live.loop import Loop
+from sllm_mini.cluster.live.members import Members
+from sllm_mini.cluster.live.options import ControlOptions, LiveOptions
+from sllm_mini.cluster.live.prompts import Prompts
+from sllm_mini.cluster.live.stream import LiveStream
+from sllm_mini.cluster.nodes import messages as node
+from sllm_mini.cluster.reports import node_reports
+from sllm_mini.cluster.router import Router
+from sllm_mini.cluster.simulated.result import SimulationResult
+from sllm_mini.cluster.simulated.table import RequestTable
+from sllm_mini.control import messages as m
+from sllm_mini.errors import SllmError
+
+Handles = Callable[[m.NodeSpec, int], NodeHandle]
+"""Makes a node of its spec and its incarnation."""
+
+
+class LiveCluster:
+    """See `api.Cluster` and the module. `handles` makes nodes; `folder` is this cluster's own: with `resume` it goes on with what
+    another one left there, which must have ended. Safe from several threads. Raises SllmError where the folder has another
+    cluster's files, or, to resume, has none."""
+
+    def __init__(self, handles: Handles, control: ControlOptions, folder: Path, options: LiveOptions | None = None, *, resume: bool = False) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.options, self.run = folder, options or LiveOptions(), secrets.token_hex(6)
+        self._handles, self._control = handles, control
+        self._prompts, self._closing, self._closed = Prompts(), threading.Lock(), False
+        self._keeper = Keeper(folder, self.options.snapshot_seconds)
+        controller, path = control.controller(), folder / "ledger.bin"
+        if resume:
+            repair(path)
+            past, (before, deployments) = read_journal(path), self._keeper.go_on(controller)
+            before = max([before, *(each.pieces[-1].arrived if each.pieces else each.opened.at for each in past)])
+        else:
+            past, before, deployments = [], 0.0, []
+            self._keeper.begin(control.header())
+        self._opened = time.monotonic() - before
+        self._journal = Journal(path, lambda: self.now)
+        self._loop = Loop(controller, self._keeper.write, lambda: self.now, self._beat, self._broken)
+        address = os.fspath(folder / f"arbiter-{self.run}")
+        self._router = Router(address, now=lambda: self.now, opened=self._opened, on_end=self._ended, journal=self._journal)
+        carry = Carry(self._router, self.options, self.run, lambda: self.now, self._loop.set_timer, self._concurrency)
+        self._members = Members(carry, lambda handle: node.Join(handle.name, handle.incarnation, self.run, self._router.address))
+        self._loop.carry, self._loop.members = carry, self._members
+        if resume:
+            self._members.deployed = {each.spec.name: (each, "") for each in deployments}
+            for one in past:
+                self._router.reopen(one)
+            self._reconcile()
+        self._loop.start()
+
+    @classmethod
+    def open(cls, kind: str, nodes: Sequence[m.NodeSpec], control: ControlOptions, folder: Path, options: LiveOptions, *, resume: bool = False) -> LiveCluster:
+        """See `open_cluster`. With `resume`, its requests go on once the first node has come up."""
+        cluster = cls(handles_of(kind, folder, options), control, folder, options, resume=resume)
+        try:
+            with ThreadPoolExecutor(max(1, len(nodes)), thread_name_prefix="sllm-join") as joining:
+                for joined in [joining.submit(cluster.add_node, spec) for spec in nodes]:
+                    joined.result()
+        except BaseException:
+            cluster.close()
+            raise
+        return cluster
+
+    # Asked for
+
+    def deploy(self, deployment: Deployment) -> None:
+        done: Future[None] = Future()
+        self._loop.do(lambda: self._members.deploy(deployment, done))
+        try:
+            self._wait(done, f"the nodes did not register {deployment.spec.name}")
+        except SllmError:
+            self._loop.call(lambda: self._members.give_up(deployment))
+            raise
+        self._loop.call(self._keep_deployments)
+
+    def delete(self, model: str) -> None:
+        self._loop.do(lambda: self._members.delete(model))
+        self._loop.call(self._keep_deployments)
+
+    def submit(self, ask: Ask) -> LiveStream:
+        self._loop.check()
+        if self._journal.error:
+            raise RefusedError(503, self._journal.error)
+        found = self._members.deployed.get(ask.model)
+        if found is None:
+            raise RefusedError(404, f"there is no model {ask.model}; deploy it first")
+        session = self._prompts.session(ask, *found)
+        arrived = self._router.open(session, ask.model, ask.prefix)
+        self._loop.post(lambda: [arrived])
+        return LiveStream(self._router, session.request_id)
+
+    def stream(self, request_id: str) -> LiveStream:
+        self._router.report(request_id)
+        return LiveStream(self._router, request_id)
+
+    def add_node(self, spec: m.NodeSpec) -> None:
+        incarnation = self._loop.call(lambda: self._members.incarnation(spec))
+        try:
+            handle = self._handles(spec, incarnation)
+        except BaseException:
+            self._loop.call(lambda: self._members.withdraw(spec.name))
+            raise
+        done: Future[None] = Future()
+        self._loop.do(lambda: self._members.begin(handle, spec, done))
+        handle.open(
+            lambda answer, payload: self._loop.post(lambda: [*self._members.heard(handle, answer), *self._loop.carry.heard(handle, answer)]),
+            lambda why: self._loop.post(lambda: self._members.gone(handle, why)),
+        )
+        handle.give(self._members.join_order(handle))
+        try:
+            self._wait(done, f"the node {spec.name} did not come up")
+        except SllmError:
+            self._loop.do(lambda: self._members.gone(handle, "it did not come up in time"))
+            raise
+
+    def kill_node(self, name: str) -> None:
+        handle = self._loop.carry.handles.get(name)
+        if handle is None:
+            raise SllmError(f"there is no node {name} that is alive; nodes() has those that are")
+        handle.kill()
+        self._loop.do(lambda: self._members.gone(handle, "it was killed"))
+
+    # Read
+
+    @property
+    def now(self) -> float:
+        return time.monotonic() - self._opened
+
+    def nodes(self) -> list[NodeReport]:
+        return self._loop.call(self._reports)
+
+    def wait(self, until: Callable[[Cluster], bool], timeout: float) -> bool:
+        """Looks whenever something has happened, and twenty times a second."""
+        end, changed = time.monotonic() + timeout, threading.Event()
+        self._loop.watch(changed)
+        try:
+            while not until(self):
+                left = end - time.monotonic()
+                if left <= 0:
+                    return False
+                changed.wait(min(left, 0.05))
+                changed.clear()
+            return True
+        finally:
+            self._loop.unwatch(changed)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def result(self) -> SimulationResult:
+        return self._loop.call(self._summed)
+
+    def log(self) -> Iterable[bytes]:
+        return self._keeper.log()
+
+    def restart_controller(self) -> None:
+        """Saves the controller, makes another of the same options, and goes on with that one; nodes and readers notice nothing."""
+        self._loop.call(self._renew)
+
+    def close(self) -> None:
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        self._loop.stop()
+        self._members.fail_all(SllmError("the cluster was closed; open it again"))
+        self._router.close("503: the cluster was closed before the text ended")
+        closing = [threading.Thread(target=handle.close, name=f"sllm-close-{handle.name}") for handle in self._loop.carry.handles.values()]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
+        self._keeper.close()
+        self._journal.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # On the thread that decides
+
+    def _ended(self, number: int) -> None:
+        self._loop.post(lambda: self._loop.carry.over(number))
+
+    def _concurrency(self, model: str) -> int:
+        return self._loop.controller.cluster.models[model].spec.concurrency
+
+    def _beat(self) -> float:
+        """What is to be done now and then; seconds until the next time."""
+        now = self.now
+        if now >= self._keeper.next_at:
+            self._keeper.save(self._loop.controller, now)
+            self._router.forget(now - self.options.remember_seconds)
+            if self._journal.nbytes > self.options.journal_nbytes:
+                self._journal.compact()
+        return self._keeper.next_at - now
+
+    def _broken(self, error: BaseException) -> None:
+        """Something that must not be: the nodes go, and all that goes on fails."""
+        failed = SllmError(f"the cluster has ended: {error}")
+        self._members.fail_all(failed)
+        self._router.fail_all(f"500: {failed}")
+        for handle in self._loop.carry.handles.values():
+            handle.kill()
+
+    def _keep_deployments(self) -> None:
+        self._keeper.deployed([deployment for deployment, _ in self._members.deployed.values()])
+
+    def _renew(self) -> None:
+        data = self._loop.controller.to_bytes()
+        controller = self._control.controller()
+        controller.restore(data)
+        self._loop.renew(controller)
+
+    def _reconcile(self) -> None:
+        """What the controller knew and what the ledger says, after a break in which all nodes were lost."""
+        controller = self._loop.controller
+        for timer, what in controller.timers.pending.items():
+            self._loop.set_timer(timer, what.at)
+        for name in list(controller.cluster.nodes):
+            self._loop.tell(m.NodeLost(name))
+        for number in list(controller.cluster.requests):
+            if not self._router.is_open(number):
+                self._loop.tell(m.RequestCancelled(number))
+        for arrived in self._router.waiting():
+            if arrived.request not in controller.cluster.requests:
+                self._loop.tell(arrived)
+
+    def _reports(self) -> list[NodeReport]:
+        private = {id: placed.rungs[-1].private_nbytes for id, placed in self._loop.carry.placed.items() if placed.rungs}
+        return node_reports(self._loop.controller.cluster, self._members.joined, self._members.reasons, private)
+
+    def _summed(self) -> SimulationResult:
+        now, estimator = self.now, self._loop.controller.estimator
+        table = RequestTable(self._router.rows.models, keep=True)
+        table.buffer += self._router.rows.packed
+        table.settle()
+        spreads, accounting, waiting = table.spreads(), account_of(self._keeper.log(), now), list(self._router.waiting_since())
+        return SimulationResult(
+            policies=self._control.names(), requests=table, models=table.by_model(), wait=spreads["wait"], first_token=spreads["first_token"],
+            latency=spreads["latency"], spans=accounting.spans, account=accounting.account, events=dict(self._loop.counts),
+            arrived=len(table) + len(waiting), unanswered=len(waiting), seconds=now,
+            waiting_seconds=sum(row.latency_seconds for row in table) + sum(now - at for at in waiting), wall_seconds=now,
+            estimate_errors={} if estimator is None else estimator.errors(),
+        )  # fmt: skip
+
+    def _wait(self, done: Future[None], what: str) -> None:
+        try:
+            done.result(self.options.join_seconds)
+        except TimeoutError as error:
+            raise SllmError(f"{what} within {self.options.join_seconds:g} s") from error

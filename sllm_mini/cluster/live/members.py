@@ -1,0 +1,199 @@
+"""Who belongs to a live cluster: nodes that join, models that are deployed on all of them. On the driver's thread; chapter 08.
+
+A node joins once its agent answers and knows every model that is deployed; a model is deployed once every node knows it. Both are
+waited for by whoever asked, through a `Future`; the driver never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import sllm_mini.errors as errors
+from sllm_mini.cluster.api import Deployment
+from sllm_mini.cluster.live.carry import Carry, NodeHandle
+from sllm_mini.cluster.nodes import messages as node
+from sllm_mini.control import messages as m
+from sllm_mini.errors import SllmError
+from sllm_mini.types import Tier
+
+
+@dataclass(slots=True, eq=False)
+class Joining:
+    """A node that is not told to the controller yet."""
+
+    handle: NodeHandle
+    spec: m.NodeSpec
+    done: Future[None]
+    missing: set[str] | None = None
+    """Models it does not know yet; None until it has answered."""
+    cached: list[m.AnyEvent] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Deploying:
+    """A model that is not told to the controller yet."""
+
+    deployment: Deployment
+    done: Future[None]
+    missing: set[str]
+    digest: str = ""
+    cached: list[m.AnyEvent] = field(default_factory=list)
+
+
+class Members:
+    """See the module. `deployed` are the models with the digests of their weights, `joined` the nodes with how often each name
+    has joined, `reasons` why those that are gone are."""
+
+    def __init__(self, carry: Carry, join_order: Callable[[NodeHandle], node.Join]) -> None:
+        self._carry, self.join_order = carry, join_order
+        self.deployed: dict[str, tuple[Deployment, str]] = {}
+        self.joined: dict[str, tuple[m.NodeSpec, int]] = {}
+        self.reasons: dict[str, str] = {}
+        self.settled: list[Future[None]] = []
+        """Whoever waits for these may go on once the controller knows: the driver sees to it."""
+        self._joining: dict[str, Joining] = {}
+        self._deploying: dict[str, Deploying] = {}
+
+    def incarnation(self, spec: m.NodeSpec) -> int:
+        """Of the next node of this name, which is to join with it. Raises SllmError where one is alive or about to join."""
+        if spec.name in self._joining or spec.name in self._carry.handles:
+            raise SllmError(f"a node {spec.name} is alive; kill it first, or give another name")
+        number = self.joined.get(spec.name, (spec, 0))[1] + 1
+        self.joined[spec.name] = spec, number
+        self.reasons[spec.name] = "it has not come up yet"
+        return number
+
+    def withdraw(self, name: str) -> None:
+        """It could not be made."""
+        self.reasons[name] = "it could not be started"
+
+    def begin(self, handle: NodeHandle, spec: m.NodeSpec, done: Future[None]) -> list[m.AnyEvent]:
+        """`done` once the controller knows it; its answers are heard from now on."""
+        self._joining[spec.name] = Joining(handle, spec, done)
+        return []
+
+    def deploy(self, deployment: Deployment, done: Future[None]) -> list[m.AnyEvent]:
+        """`done` once the controller and every node knows it. Raises SllmError where no node is there to know it."""
+        name = deployment.spec.name
+        if name in self._deploying:
+            raise SllmError(f"the model {name} is being deployed already; wait for that")
+        if not self._carry.handles:
+            raise SllmError(f"there is no node that could know the model {name}; add one first")
+        self._deploying[name] = Deploying(deployment, done, set(self._carry.handles))
+        late = [each for each in self._joining.values() if each.missing is not None]
+        for each in late:
+            each.missing.add(name)  # type: ignore[union-attr]
+        for handle in (*self._carry.handles.values(), *(each.handle for each in late)):
+            handle.give(node.Register(name, deployment.source))
+        return []
+
+    def give_up(self, deployment: Deployment) -> None:
+        """Nobody waits for it any more; what registers it later is not heard."""
+        deploying = self._deploying.get(deployment.spec.name)
+        if deploying is not None and deploying.deployment is deployment:
+            del self._deploying[deployment.spec.name]
+
+    def delete(self, model: str) -> list[m.AnyEvent]:
+        return [m.ModelDeleted(model)] if self.deployed.pop(model, None) is not None else []
+
+    def heard(self, handle: NodeHandle, answer: node.NodeAnswer) -> list[m.AnyEvent]:
+        joining = self._joining.get(handle.name)
+        if joining is not None and joining.handle is not handle:
+            joining = None
+        match answer:
+            case node.Joined():
+                if joining is not None and joining.missing is None:
+                    joining.missing = {*self.deployed, *self._deploying}
+                    for name in joining.missing:
+                        deployment = self.deployed[name][0] if name in self.deployed else self._deploying[name].deployment
+                        handle.give(node.Register(name, deployment.source))
+                    return self._look(joining)
+            case node.Registered(model=model, digest=digest, tier=tier):
+                cached: list[m.AnyEvent] = [] if tier is Tier.REMOTE else [m.Cached(handle.name, model, tier)]
+                if joining is not None and joining.missing is not None:
+                    if model in self.deployed and not self.deployed[model][1]:  # as of a cluster that was resumed
+                        self.deployed[model] = self.deployed[model][0], digest
+                    joining.missing.discard(model)
+                    joining.cached += cached
+                    return self._look(joining)
+                deploying = self._deploying.get(model)
+                if deploying is not None and handle.name in deploying.missing:
+                    deploying.digest = deploying.digest or digest
+                    if digest != deploying.digest:
+                        return self._fail(deploying, SllmError(f"the checkpoint of {model} is another one on {handle.name} than elsewhere; give a source that is the same everywhere"))
+                    deploying.missing.discard(handle.name)
+                    deploying.cached += cached
+                    return self._finish(deploying)
+            case node.OrderFailed(model=model, kind=kind, message=message):
+                error = _error(kind, f"{handle.name}: {message}")
+                if joining is not None:
+                    return self.gone(handle, str(error))
+                deploying = self._deploying.get(model)
+                if deploying is not None and handle.name in deploying.missing:
+                    return self._fail(deploying, error)
+        return []
+
+    def gone(self, handle: NodeHandle, why: str) -> list[m.AnyEvent]:
+        """A node has gone, whether it had joined or not."""
+        joining = self._joining.get(handle.name)
+        if joining is not None and joining.handle is handle:
+            del self._joining[handle.name]
+            self.reasons[handle.name] = why
+            joining.done.set_exception(SllmError(f"the node {handle.name} did not come up: {why}"))
+            handle.kill()
+            return []
+        events = self._carry.gone(handle)
+        if events:
+            self.reasons[handle.name] = why
+            for deploying in list(self._deploying.values()):
+                if handle.name in deploying.missing:
+                    deploying.missing.discard(handle.name)
+                    events += self._finish(deploying)
+        return events
+
+    def fail_all(self, error: BaseException) -> None:
+        """Nobody waits any more."""
+        for deploying in self._deploying.values():
+            deploying.done.set_exception(error)
+        for joining in self._joining.values():
+            joining.done.set_exception(error)
+            joining.handle.kill()
+        self._joining.clear()
+        self._deploying.clear()
+
+    def _look(self, joining: Joining) -> list[m.AnyEvent]:
+        if joining.missing:
+            return []
+        name = joining.spec.name
+        del self._joining[name]
+        self._carry.handles[name] = joining.handle
+        self.reasons.pop(name, None)
+        for deploying in self._deploying.values():
+            deploying.missing.discard(name)
+        self.settled.append(joining.done)
+        return [m.NodeJoined(joining.spec), *joining.cached]
+
+    def _finish(self, deploying: Deploying) -> list[m.AnyEvent]:
+        if deploying.missing:
+            return []
+        name = deploying.deployment.spec.name
+        del self._deploying[name]
+        if not deploying.digest:
+            deploying.done.set_exception(SllmError(f"every node went while {name} was being deployed; add one and deploy it again"))
+            return []
+        self.deployed[name] = deploying.deployment, deploying.digest
+        self.settled.append(deploying.done)
+        return [*deploying.cached, m.ModelDeployed(deploying.deployment.spec)]
+
+    def _fail(self, deploying: Deploying, error: SllmError) -> list[m.AnyEvent]:
+        del self._deploying[deploying.deployment.spec.name]
+        deploying.done.set_exception(error)
+        return []
+
+
+def _error(kind: str, message: str) -> SllmError:
+    found = getattr(errors, kind, None)
+    made = isinstance(found, type) and issubclass(found, SllmError)
+    return found(message) if made else SllmError(f"{kind}: {message}")  # type: ignore[misc]

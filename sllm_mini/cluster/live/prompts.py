@@ -1,0 +1,49 @@
+"""Prompts become token ids in the driver's process, by the tokenizer of each deployment, read when the first text comes. Chapter 08."""
+
+from __future__ import annotations
+
+import operator
+import threading
+import uuid
+from typing import Any
+
+from sllm_mini.cluster.api import Ask, Deployment
+from sllm_mini.errors import ModelError
+from sllm_mini.inference.session import Session, request_problem
+from sllm_mini.inference.text import load_tokenizer
+
+
+class Prompts:
+    """Makes sessions of requests. Safe from several threads; reading a tokenizer makes the others wait."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tokenizers: dict[str, Any] = {}
+
+    def session(self, ask: Ask, deployment: Deployment, digest: str) -> Session:
+        """`digest` names the weights. Raises ValueError for a request that cannot be, ModelError for a prompt that cannot be
+        read. What the model's context cannot hold its worker says."""
+        request_id = uuid.uuid4().hex if ask.request_id is None else ask.request_id
+        problem = request_problem(request_id, ask.max_new_tokens, ask.sampling, ask.stop, ask.stop_at_eos)
+        if problem:
+            raise ValueError(problem)
+        ids = self._encode(ask, deployment)
+        if not ids:
+            raise ModelError("the prompt is empty; give at least one token")
+        return Session(request_id, digest, tuple(ids), len(ids), ask.max_new_tokens, ask.sampling, ask.stop, ask.stop_at_eos)
+
+    def _encode(self, ask: Ask, deployment: Deployment) -> list[int]:
+        if isinstance(ask.prompt, bytes | bytearray | memoryview):
+            raise ModelError("a prompt is a text or a sequence of token ids; these are bytes: decode them to a text first")
+        if not isinstance(ask.prompt, str):
+            try:
+                return [operator.index(token_id) for token_id in ask.prompt]
+            except TypeError as error:
+                raise ModelError(f"a prompt is a text or a sequence of token ids; this one is not ({error})") from error
+        with self._lock:
+            if deployment.source not in self._tokenizers:
+                self._tokenizers[deployment.source] = None if "://" in deployment.source else load_tokenizer(deployment.source)
+            tokenizer = self._tokenizers[deployment.source]
+        if tokenizer is None:
+            raise ModelError(f"{deployment.source} has no tokenizer that can be read here; give the prompt as token ids")
+        return [int(token_id) for token_id in tokenizer(ask.prompt, verbose=False)["input_ids"]]

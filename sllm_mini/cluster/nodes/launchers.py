@@ -1,0 +1,221 @@
+"""Launchers whose workers are processes: forked by a zygote, or fresh interpreters. Explained in chapters 05 and 08.
+
+A fork has all imports from its first instruction, so the rung RUNTIME costs it nothing and the zygote's memory (some 300 MB) is
+paid once a machine; a fresh interpreter stands at PROCESS with a tenth of that, and pays seconds for RUNTIME itself. A worker
+ends when its agent closes it or dies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from socket import socketpair
+
+from sllm_mini.cluster.nodes.workers import ProcessWorker
+from sllm_mini.cluster.process_memory import memory_of
+from sllm_mini.cluster.runtime import RUNTIME
+from sllm_mini.cluster.zygote import Child, ForkOptions, Zygote, ZygoteError, ZygoteGoneError, fork_from
+from sllm_mini.errors import UnsupportedError, WireError
+from sllm_mini.inference.workers.process import Process, start_process
+from sllm_mini.wire import WireTimeout
+
+_TABLES = "sllm_mini.cluster.runtime:build_tables"
+ENTRY = "sllm_mini.cluster.nodes.climbing:serve"
+_PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from sllm_mini.cluster.nodes.climbing import main; main()"
+_STATUS_SECONDS = 0.5
+
+
+class _Workers:
+    """The workers of a launcher, for its end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._workers: set[ProcessWorker] = set()
+        self._closed = False
+
+    def check_open(self) -> None:
+        with self._lock:
+            if self._closed:
+                raise WireError("this launcher was closed; make another")
+
+    def add(self, worker: ProcessWorker) -> ProcessWorker:
+        with self._lock:
+            self._workers = {known for known in self._workers if not known.gone}
+            if not self._closed:
+                self._workers.add(worker)
+                return worker
+        worker.close()
+        raise WireError(f"worker {worker.name} was closed with its launcher")
+
+    def close(self) -> None:
+        with self._lock:
+            workers, self._workers, self._closed = self._workers, set(), True
+        for worker in workers:
+            worker.close()
+
+
+class SpawnLauncher:
+    """See `Launcher`. Each worker is a fresh interpreter, in which no torch is imported until RUNTIME. `engine` names what makes
+    engines in place of the store's models (`climbing.find_engine`). A worker may take `patience` seconds to answer."""
+
+    def __init__(self, *, engine: str = "", environment: Mapping[str, str] | None = None, patience: float = 30.0) -> None:
+        self._engine, self._environment, self._patience = engine, environment, patience
+        self._workers = _Workers()
+
+    def launch(self, name: str, on_death: Callable[[str], None]) -> ProcessWorker:
+        self._workers.check_open()
+        begun = time.monotonic()
+        search = json.dumps([os.path.abspath(place) for place in sys.path])
+        ours, process = start_process(["-c", _PROGRAM, name, self._engine, search], self._environment)
+        return self._workers.add(ProcessWorker(name, ours, process, on_death, begun=begun, seconds=self._patience))
+
+    def shared_nbytes(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        self._workers.close()
+
+
+@dataclass(slots=True, eq=False)
+class _Home:
+    """A zygote that workers come from: this launcher's own, or one that others own where `zygote` is None."""
+
+    path: str
+    zygote: Zygote | None = None
+    children: int = 0
+    retired: bool = False
+
+
+class ZygoteLauncher:
+    """See `Launcher`. Workers are forks of a zygote: of the one that listens at `path`, else of one that is started now and has
+    imported what a model needs, and `modules` (with `engine`, that and `modules` alone).
+
+    A zygote that does not fork within `fork_seconds` is left to those workers that it has, and another is started for the next.
+    Raises ZygoteError if none can be.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        engine: str = "",
+        modules: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        fork_seconds: float = 2.0,
+        patience: float = 30.0,
+    ) -> None:
+        self._engine, self._environment, self._fork_seconds, self._patience = engine, environment, fork_seconds, patience
+        self._imports = [*([engine.partition(":")[0]] if engine else [*RUNTIME, _TABLES]), *modules]
+        self._workers = _Workers()
+        self._lock = threading.Lock()
+        self._starting = threading.Lock()
+        self._retired: list[_Home] = []
+        self._home: _Home | None = _Home(os.fspath(path)) if path is not None else self._start()
+
+    def launch(self, name: str, on_death: Callable[[str], None]) -> ProcessWorker:
+        self._workers.check_open()
+        begun = time.monotonic()
+        ours, theirs = socketpair()
+        try:
+            with theirs:
+                options = ForkOptions(channel=theirs, environment=self._environment, patience=self._fork_seconds)
+                process = self._fork(name, options)
+        except BaseException:
+            ours.close()
+            raise
+        return self._workers.add(ProcessWorker(name, ours, process, on_death, begun=begun, seconds=self._patience))
+
+    def shared_nbytes(self) -> int:
+        with self._lock:
+            zygotes = [home.zygote for home in (self._home, *self._retired) if home is not None]
+        total = 0
+        for zygote in zygotes:
+            with suppress(UnsupportedError):  # it has died; the next launch starts another
+                total += 0 if zygote is None else memory_of(zygote.pid).proportional_nbytes
+        return total
+
+    def close(self) -> None:
+        self._workers.close()
+        with self._lock:
+            homes, self._home, self._retired = [*self._retired, *([self._home] if self._home else [])], None, []
+        for home in homes:
+            _end(home)
+
+    def _start(self) -> _Home:
+        zygote = Zygote(self._imports, [ENTRY], environment=self._environment, patience=self._fork_seconds)
+        return _Home(zygote.path, zygote)
+
+    def _fork(self, name: str, options: ForkOptions) -> Process:
+        home = self._present()
+        try:
+            child = fork_from(home.path, ENTRY, name=name, engine=self._engine, options=options)
+        except ZygoteGoneError:
+            home = self._present(instead_of=home)
+            child = fork_from(home.path, ENTRY, name=name, engine=self._engine, options=options)
+        with self._lock:
+            home.children += 1
+        return _Forked(child, lambda: self._left(home))
+
+    def _present(self, instead_of: _Home | None = None) -> _Home:
+        """The zygote to fork from; a new one where there is none, or only one that does not answer."""
+        with self._starting:  # one thread starts it, and the others wait for that
+            with self._lock:
+                home = self._home
+            if home is not None and home is not instead_of:
+                return home
+            self._workers.check_open()
+            found = self._start()
+            with self._lock:
+                self._home = found
+                if home is not None:
+                    home.retired = True
+                    self._retired.append(home)
+            if home is not None:
+                self._end_if_left(home)
+            return found
+
+    def _left(self, home: _Home) -> None:
+        with self._lock:
+            home.children -= 1
+        self._end_if_left(home)
+
+    def _end_if_left(self, home: _Home) -> None:
+        with self._lock:
+            if not home.retired or home.children or home not in self._retired:
+                return
+            self._retired.remove(home)
+        _end(home)
+
+
+def _end(home: _Home) -> None:
+    if home.zygote is not None:
+        if home.retired:
+            home.zygote.kill()  # it hangs: it would not hear that it should end
+        home.zygote.close()
+
+
+class _Forked:
+    """A zygote's child as a `Process`: ended and waited for also where the zygote hangs."""
+
+    def __init__(self, child: Child, on_end: Callable[[], None]) -> None:
+        self.pid = child.pid
+        self._child, self._on_end = child, on_end
+
+    def kill(self) -> None:
+        with suppress(ZygoteError):  # it has ended
+            self._child.kill()
+
+    def wait(self) -> int | None:
+        self._child.gone()
+        status = None
+        with suppress(WireTimeout, ZygoteError):  # the zygote hangs, or has ended too
+            status = self._child.wait(_STATUS_SECONDS)
+        self._child.close()
+        self._on_end()
+        return status
