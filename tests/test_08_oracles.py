@@ -6,13 +6,19 @@ import heapq
 import math
 import random
 import statistics
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sllm_mini.cluster.simulated import SimulationOptions, even_cluster, simulate
+from sllm_mini.cluster.trace import TraceRequest
+from sllm_mini.control.messages import ModelSpec
 from sllm_mini.control.oracles import erlang_c, setup_queue
+from sllm_mini.lab.caching import CatalogueModel, che_ratios
+from sllm_mini.types import Tier
 
 REPLICATIONS = 20
 T_995 = 2.861
@@ -110,6 +116,42 @@ def test_a_server_that_is_played_waits_and_starts_cold_as_the_formula_says(keep:
     assert low <= theory.wait_seconds <= high
     low, high = interval(lambda chance: served_with_setup(0.5, service, 5.0, keep, 10_000, chance)[1])
     assert low <= theory.cold_fraction <= high
+
+
+CATALOGUE = [f"m{rank:03}" for rank in range(200)]
+SHARES = [1 / (rank + 1) ** 0.8 for rank in range(200)]
+SLOTS = 40
+CHE = che_ratios([CatalogueModel(name, share / sum(SHARES), 1000, 1.0) for name, share in zip(CATALOGUE, SHARES, strict=True)], 1000 * SLOTS).requests
+
+
+def hits_of_a_list(chance: random.Random) -> float:
+    """The share of requests that find their model among the last used, once the list is full."""
+    last: OrderedDict[str, None] = OrderedDict()
+    hits = 0
+    for number, name in enumerate(chance.choices(CATALOGUE, SHARES, k=12_000)):
+        hits += name in last and number >= 2_000
+        last[name] = None
+        last.move_to_end(name)
+        if len(last) > SLOTS:
+            last.popitem(last=False)
+    return hits / 10_000
+
+
+def hits_of_a_store(chance: random.Random) -> float:
+    """The share of loads that come from the memory of a simulated node, through the controller. Its disk has no limit."""
+    trace = [TraceRequest(float(second), name, 0, 0, None, 0.0) for second, name in enumerate(chance.choices(CATALOGUE, SHARES, k=2_000))]
+    models = [ModelSpec(name=name, nbytes=1000) for name in CATALOGUE]
+    options = SimulationOptions(keep="summary", store_dram_nbytes=1000 * SLOTS)
+    loads = simulate(trace, even_cluster(1, devices=4), models, keep_alive="scale-to-zero", options=options).account.loads
+    assert sum(loads) == 2_000
+    return loads[Tier.DRAM] / (sum(loads) - SLOTS)  # the first ones find it empty
+
+
+@pytest.mark.parametrize("play", [hits_of_a_list, hits_of_a_store])
+def test_least_recently_used_hits_as_che_says(play: Callable[[random.Random], float]) -> None:
+    low, high = interval(play)
+    assert low <= CHE <= high
+    assert high - low < 0.05 * CHE, "an interval so wide says nothing"
 
 
 @pytest.mark.parametrize(

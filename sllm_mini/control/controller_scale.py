@@ -52,8 +52,10 @@ class Scaling:
             if plan is None or plan.give_way:
                 return
             reuse = None if plan.reuse is None else self._cluster.instances.get(plan.reuse)
-            if reuse is not None and reuse.warmth >= warmth:
-                return
+            if reuse is not None and reuse.warmth >= warmth:  # it is idle and there already; another is wanted beside it
+                if warmth >= Warmth.DRAM or self._cluster.nodes[plan.node].free_nbytes < held_nbytes(asked.spec, warmth):
+                    return
+                plan, reuse = structs.replace(plan, reuse=None), None
             if warmth >= Warmth.DRAM and (reuse is None or reuse.model is None) and len(model.instances) >= spec.max_instances:
                 return
             self._plans.carry_out(model, plan, now, warmth)

@@ -22,8 +22,9 @@ _MINUTE = 60.0
 
 @dataclass(slots=True)
 class StemCells(Saveable):
-    """Stem cells beside `inner`, which decides over what has a model. A stem cell that is taken is made anew up to what is
-    wanted now; one that nobody takes for `ttl_seconds` goes, but for the initial ones."""
+    """Stem cells beside `inner`, which decides over what has a model. A cold arrival makes as many anew as are wanted then, so
+    one that a queued request takes later is missed until the next; one that nobody takes for `ttl_seconds` goes, but for the
+    initial ones."""
 
     saved_parts: ClassVar[tuple[str, ...]] = ("inner",)
     inner: KeepAlive

@@ -90,10 +90,23 @@ class AvailabilityFirst(Saveable):
         return second
 
 
+def _may_hold(node: NodeState, devices: int, nbytes: int, cluster: Cluster) -> bool:
+    """Whether it will have so much free one day: all but what instances hold that are the least their models are to have."""
+    room, memory = node.spec.devices, node.spec.dram_nbytes
+    if room < devices or memory < nbytes:
+        return False
+    for each in node.instances.values():
+        owner = cluster.models.get(each.model or "")
+        if owner is not None and each.target is Warmth.READY and owner.ready + len(owner.starting) <= owner.spec.min_instances:
+            room, memory = room - len(each.devices), memory - each.held_nbytes
+    return room >= devices and memory >= nbytes
+
+
 @dataclass(slots=True)
 class LocalityFirst:
-    """Only where the weights are: the node with the fastest tier, waiting for it while it is busy. A model that no node (large
-    enough for it) has stored goes where it can start first. Costs a look at every node that has the model."""
+    """Only where the weights are: the node with the fastest tier, waiting for it while it is busy. A model that no node has stored
+    goes where it can start first; nor counts a node that is too small for it, or whose devices and memory are kept for others for
+    good (`min_instances`). Costs a look at every node that has the model."""
 
     estimator: Estimator = field(default_factory=Estimator)
     most_considered: int = 8
@@ -104,7 +117,7 @@ class LocalityFirst:
     def choose_node(self, model: ModelState, cluster: Cluster, now: float) -> Plan | None:
         spec, nodes = model.spec, cluster.nodes
         nbytes = held_nbytes(spec, Warmth.READY)
-        tiers = {name: tier for name, tier in model.cached_on.items() if nodes[name].spec.devices >= spec.devices and nodes[name].spec.dram_nbytes >= nbytes}
+        tiers = {name: tier for name, tier in model.cached_on.items() if _may_hold(nodes[name], spec.devices, nbytes, cluster)}
         tiers.update((one.node, Tier.DRAM) for one in model.asleep.values())
         best = max(tiers.values(), default=None)
         local = [nodes[name] for name, tier in tiers.items() if tier is best]
