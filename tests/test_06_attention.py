@@ -298,6 +298,16 @@ def test_products_give_what_sdpa_gives(dtype: torch.dtype, heads: tuple[int, int
     assert ProductAttention().attend(query, keys, values, mask == 0, scale=None, **more) is None
 
 
+def test_products_of_large_numbers_stay_finite_where_their_scores_do() -> None:
+    """64 * 40 * 40 is more than float16 holds, an eighth of it is not; the same behind the mask."""
+    query = torch.full((2, 1, 64), 40.0, dtype=torch.float16)
+    keys = torch.full((2, 1, 4, 64), 40.0, dtype=torch.float16) * torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float16)[:, None]
+    values = torch.randn(2, 1, 4, 8, generator=torch.Generator().manual_seed(0)).half()
+    mask = torch.tensor([0.0, 0.0, 0.0, torch.finfo(torch.float16).min]).half().expand(2, 1, 1, 4)
+    found = ProductAttention().attend(query, keys, values, mask, scale=None, lengths=torch.tensor([3, 3]), longest=4, window=None)
+    assert found is not None and torch.equal(found, values[:, :, [0, 2]].float().mean(2).half())
+
+
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_an_engine_in_half_precision_decodes_unlike_rows_by_products(dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from sllm_mini.lab import decode, moving
 from sllm_mini.lab.decode import measure
 from sllm_mini.lab.decode.document import KIND as DECODE
 from sllm_mini.lab.decode.document import assemble as assemble_decode
+from sllm_mini.lab.decode.process import WayProcess
 from sllm_mini.lab.decode.workload import workloads
 from sllm_mini.lab.moving.document import KIND as MIGRATE
 from sllm_mini.lab.moving.document import MODES, Move, assemble
@@ -121,6 +122,19 @@ def test_a_cpu_computes_in_what_it_can_multiply(tmp_path: Path) -> None:
         checkpoint = SimpleNamespace(index=SimpleNamespace(tensors=entries))
         assert measure.computed_dtype(checkpoint, decode.Options()) == computed  # type: ignore[arg-type]
         assert measure.computed_dtype(checkpoint, decode.Options(dtype="float16")) == "float16"  # type: ignore[arg-type]
+
+
+def test_a_way_that_cannot_answer_says_why(tiny: Checkpoint) -> None:
+    loads = workloads((1,), 4, 2, 0)
+    with WayProcess("sllm_mini", str(tiny.path / "gone"), "cpu", "float32", loads) as way, pytest.raises(ModelError, match="sllm_mini gave no answer: CheckpointError"):
+        way.ready()
+    with WayProcess("sllm_mini", str(tiny.path), "cpu", "float32", loads) as way:
+        way.ready()
+        way._process.kill()
+        way._process.join()
+        for _ in range(2):
+            with pytest.raises(ModelError, match="ended with code -9"):
+                way(0)
 
 
 def test_what_cannot_answer_is_refused_before_anything_is_made(run: Run, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sllm_mini.cluster.simulated import (
     RequestRow,
@@ -28,10 +29,10 @@ from sllm_mini.cluster.simulated import (
 from sllm_mini.cluster.simulated.policies import AUTOSCALERS, KEEP_ALIVES, PLACEMENTS
 from sllm_mini.cluster.trace import TraceRequest
 from sllm_mini.control import messages as m
-from sllm_mini.control.autoscale import KnativePodAutoscaler
+from sllm_mini.control.autoscale import KnativePodAutoscaler, PerRequest
 from sllm_mini.control.controller import Controller
 from sllm_mini.control.estimate import Estimator
-from sllm_mini.control.keepalive import Clairvoyant, FixedKeepAlive
+from sllm_mini.control.keepalive import Clairvoyant, FixedKeepAlive, HybridHistogram
 from sllm_mini.control.policy import KeepAlive
 from sllm_mini.types import Warmth
 
@@ -122,6 +123,10 @@ def test_when_all_is_over_nothing_is_left(policies: dict[str, str]) -> None:
     cells = [(None, RUNTIME, name) for name in ("torch", "vllm")] if policies["keep_alive"] == "stem-cells" else []
     assert set(left) <= set(cells) and all(left.count(cell) <= 2 for cell in cells)
     assert all(len(node.free_devices) == 2 for node in known.nodes.values())
+    names = {spec.name for spec in LANGUAGE_MODELS}
+    for part in (made.placement, made.keep_alive, made.autoscaler):
+        held = [getattr(part, name) for name in getattr(type(part), "__slots__", ()) if isinstance(getattr(part, name, None), dict)]
+        assert not any(names & set(each) for each in held), f"{type(part).__name__} still knows a model that is gone"
 
 
 # More bandwidth
@@ -452,3 +457,13 @@ def test_a_stem_cell_that_is_taken_is_made_anew_beside_the_one_that_is_left() ->
     spec = m.ModelSpec(name="a", nbytes=GB, process_nbytes=10**6, runtime_nbytes=10**6)
     SimulatedCluster(controller, even_cluster(1, devices=1), [spec], SimulationOptions(until=10_000.0)).run([ask(100.0, "a", 500.0)])
     assert [(each.model, each.warmth) for each in controller.cluster.instances.values()] == [(None, Warmth.RUNTIME)] * 2
+
+
+def test_new_figures_of_an_idle_model_do_not_begin_its_idle_time_anew() -> None:
+    """One that was to stay may go: its keep-alive is asked again, long after the request that it counts from."""
+    policy = HybridHistogram()
+    controller = Controller(make_policies("availability", "forever", "per-request", Estimator()).placement, policy, PerRequest())
+    kept_ready = m.ModelSpec(name="f", nbytes=GB, min_instances=1)
+    events = [(3000.0, m.ModelDeployed(replace(kept_ready, min_instances=0)))]
+    SimulatedCluster(controller, even_cluster(1, devices=1), [kept_ready], SimulationOptions(until=4000.0)).run([ask(10.0), ask(3600.0)], events)
+    assert [minute for minute, count in enumerate(policy._idle["f"].counts) if count] == [59]

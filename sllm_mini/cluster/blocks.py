@@ -38,7 +38,7 @@ class FetchReport:
 
 
 class BlockPeer:
-    """A node's end of every plan that it has a part in. It listens at `address` (a path, or tcp://host:port) until `close`.
+    """A node's end of every plan that it has a part in. It listens at `address` (a path) until `close`.
 
     `bytes_per_second` limits what goes out and, apart from it, what comes in; None does not. Whoever does nothing for
     `patience_seconds` when it is waited for counts as gone. Safe from several threads; several plans may run at once, and share the rate.

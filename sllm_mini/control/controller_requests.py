@@ -113,8 +113,10 @@ class Requests:
                 self._plans.settle(instance, now)
             if target is not None:
                 self._plans.settle(target, now)
+        if cluster.models.get(request.model) is not model:  # deleted, and forgotten when its last instance had gone
+            return
         self._autoscaler.observe(model, now)
-        if model.deleted and request.model in cluster.models:
+        if model.deleted:
             self._warming.forget(model)
 
     def refuse_all(self, model: ModelState, reason: str, now: float) -> None:

@@ -45,9 +45,10 @@ class Saveable:
             learned = {name: msgpack.decode(rows[name], type=hints[name], dec_hook=_deque) for name in names}
         except MsgspecError as error:
             raise SllmError(f"this is not what a {type(self).__name__} saves ({error}); give the bytes of its save()") from error
+        if (keeping := {name for name in self.saved_parts if hasattr(getattr(self, name), "save")}) != parts.keys():
+            unlike = ", ".join(sorted(keeping ^ parts.keys()))
+            raise SllmError(f"of the {unlike} of a {type(self).__name__} either this one or the saved one keeps something, but not both; make it with the same options")
         for name, part in parts.items():
-            if not hasattr(getattr(self, name), "restore"):
-                raise SllmError(f"the {name} of this {type(self).__name__} keeps nothing, yet what was saved has something of it; make it with the same options")
             getattr(self, name).restore(part)
         for name, value in learned.items():
             setattr(self, name, value)

@@ -33,7 +33,7 @@ class Runner:
     """A decoder model and the facts about it that a generation needs.
 
     `vocabulary` counts the ids it takes, `context_limit` the positions (None: no limit), `eos_ids` end a text,
-    `bos_id` begins one. Puts the model into eval mode. Raises ModelError for a model that cannot be run exactly this
+    `bos_id` begins one. Puts the model into eval mode, and one in half precision on a CPU onto our own attention (`attention`). Raises ModelError for a model that cannot be run exactly this
     way: one that does not generate, has an encoder, takes more than text, or whose cache holds recurrent state.
     One thread at a time; calls on different caches may be interleaved.
     """

@@ -122,7 +122,7 @@ def _measure(options: Options, folder: Path, say: Callable[[str], None]) -> dict
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "machine": asdict(measure_machine(folder)),
             "model": {"blocks": options.blocks, "block_nbytes": options.block_nbytes, "nbytes": bench.nbytes, "weights": "random bytes (seed 0)"},
-            "method": asdict(options) | {"links": "token buckets", "transport": bench.transport, "bytes_per_second_used": rate, "cpu_share_of_first_run": share},
+            "method": asdict(options) | {"links": "token buckets", "transport": "Unix sockets", "bytes_per_second_used": rate, "cpu_share_of_first_run": share},
         }
     return assemble(plans, samples, facts)
 
@@ -136,7 +136,6 @@ class _Bench:
         self._runs = 0
         # Room for both models; whole chunks of memory.
         self._fleet = Fleet(max(options.nodes), folder, bytes_per_second=rate, dram_nbytes=self.nbytes + 4 * options.block_nbytes)
-        self.transport = "TCP" if self._fleet.addresses[0].startswith("tcp://") else "Unix sockets"
 
     def run(self, plan: Plan) -> Sample:
         """One plan, after one block over the idle link. Raises ResourceError for a node that does not do its part."""

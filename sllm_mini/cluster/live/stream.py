@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from sllm_mini.cluster.api import RefusedError, RequestReport
 from sllm_mini.cluster.router import Router
 from sllm_mini.errors import ModelError
 from sllm_mini.inference.ownership.ledger import LedgerPiece
+
+_REPORT_SECONDS = 2.0
 
 
 class LiveStream:
@@ -24,6 +27,8 @@ class LiveStream:
             if reason is None:
                 raise
             raise RefusedError.read(reason) from error
+        with suppress(TimeoutError, ModelError):  # ModelError: forgotten already
+            self.wait(_REPORT_SECONDS)  # the last token is read before its end is told to the controller, and so to the report
 
     def wait(self, timeout: float | None = None) -> RequestReport:
         return self._router.wait(self.request_id, timeout)

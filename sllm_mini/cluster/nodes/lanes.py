@@ -119,6 +119,8 @@ class Lane:
                     self._do(order, payload)
                 except (SllmError, OSError) as error:
                     self._lost(str(error))
+                except Exception as error:  # noqa: BLE001 - a lane that ended without a word would leave its instance climbing for ever
+                    self._lost(f"{type(error).__name__}: {error}")
         finally:
             self._give_back()
             self._agent.forget(self)

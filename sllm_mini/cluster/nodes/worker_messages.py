@@ -20,7 +20,7 @@ from sllm_mini.wire import Message
 Nbytes = Annotated[int, Meta(ge=0)]
 Name = Annotated[str, Meta(min_length=1, max_length=1024)]
 Address = Annotated[str, Meta(max_length=4096)]
-"""A socket's path or a `tcp://` address; empty where the rung needs none."""
+"""A socket's path; empty where the rung needs none."""
 
 
 class Rung(Message, frozen=True):

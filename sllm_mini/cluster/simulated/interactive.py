@@ -303,8 +303,10 @@ class SimulatedStream:
     def wait(self, timeout: float | None = None) -> RequestReport:
         driver = self._driver
         end = driver.end_of(self.request_id)
-        if end == inf or (timeout is not None and end > driver.now + timeout):
-            driver.sleep(timeout or 0.0)
+        if timeout is None and end == inf:
+            raise ModelError(f"request {self.request_id!r} is never answered as things are; give the cluster room for its model, or cancel it")
+        if timeout is not None and end > driver.now + timeout:
+            driver.sleep(timeout)
             raise TimeoutError(f"request {self.request_id!r} had not ended after {timeout} seconds of simulated time")
         driver.sleep(max(0.0, end - driver.now))
         return driver.report(self.request_id)

@@ -42,7 +42,7 @@ def _made(role: str, given: Any, registry: Mapping[str, Any], protocol: type, *a
         missing = [name for name in vars(protocol) if not name.startswith("_") and not hasattr(given, name)]
         if missing or isinstance(given, type):
             lacks = f", which has no {missing[0]}" if missing else ", a class"
-            raise SllmError(f"the {role} policy is {given!r:.60}{lacks}; give a name ({', '.join(registry)}) or a policy made of a class")
+            raise SllmError(f"the {role} policy is {given!r:.60}{lacks}; give a name ({', '.join(registry)}) or an object with all of {protocol.__name__}")
         return given
     if given not in registry:
         raise SllmError(f"there is no {role} policy {given!r}; choose one of {', '.join(registry)}")

@@ -121,7 +121,7 @@ class HybridHistogram(Saveable):
         if not instance.uses:  # it was started ahead of its next request, or its request went elsewhere
             return Stay(max(self._alive_until.get(name, now) - now, 0.0))
         if cluster.models[name].running == 0:
-            self._ended[name] = now
+            self._ended.setdefault(name, now)  # asked again about one that is idle already, it has been so since then
         windows = self.windows(self._idle.get(name))
         self._alive_until[name] = now + windows.alive
         if not windows.prewarm:

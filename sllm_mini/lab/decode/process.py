@@ -8,12 +8,13 @@ torch 2.13: a step of ours took 1.3 times as long beside it, idle as it was). A 
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from sllm_mini.errors import ModelError, SllmError
+from sllm_mini.errors import ModelError
 from sllm_mini.lab.decode.variants import LABELS, Answers, Variant, opened
 from sllm_mini.lab.decode.workload import Workload
 
@@ -41,12 +42,13 @@ class WayProcess:
 
     def __call__(self, number: int) -> tuple[float, Answers]:
         """Seconds and answers. Raises as `ready`."""
-        self._connection.send(number)
-        found: tuple[float, Answers] = self._heard()
+        found: tuple[float, Answers] = self._heard(number)
         return found
 
-    def _heard(self) -> Any:
+    def _heard(self, number: int | None = None) -> Any:
         try:
+            if number is not None:
+                self._connection.send(number)
             kind, found = self._connection.recv()
         except (EOFError, ConnectionError):
             self._process.join(_END_SECONDS)
@@ -69,6 +71,14 @@ class WayProcess:
 
 
 def _serve(connection: Connection, variant: Variant, path: str, device: str, dtype: str, loads: Sequence[Workload], threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends it
+    try:
+        _answer(connection, variant, path, device, dtype, loads, threads)
+    except Exception as error:  # noqa: BLE001 - whatever a library raises is the reason why there is no answer
+        connection.send(("error", f"{type(error).__name__}: {error}"))
+
+
+def _answer(connection: Connection, variant: Variant, path: str, device: str, dtype: str, loads: Sequence[Workload], threads: int) -> None:
     import torch
 
     from sllm_mini.checkpoint import open_checkpoint
@@ -76,18 +86,21 @@ def _serve(connection: Connection, variant: Variant, path: str, device: str, dty
 
     torch.set_num_threads(threads)
     synchronize = get_device(device).synchronize
+    largest = max(loads, key=lambda load: len(load.requests) * load.new_tokens)
+    with opened(variant, open_checkpoint(path), device, dtype, largest) as run:
+        connection.send(("ready", None))
+        while (number := _next(connection)) is not None:
+            synchronize()
+            started = time.monotonic()
+            answers = run(loads[number])
+            synchronize()
+            connection.send(("answers", (time.monotonic() - started, answers)))
+
+
+def _next(connection: Connection) -> int | None:
+    """None once the parent has ended."""
     try:
-        largest = max(loads, key=lambda load: len(load.requests) * load.new_tokens)
-        with opened(variant, open_checkpoint(path), device, dtype, largest) as run:
-            connection.send(("ready", None))
-            while True:
-                load = loads[connection.recv()]
-                synchronize()
-                started = time.monotonic()
-                answers = run(load)
-                synchronize()
-                connection.send(("answers", (time.monotonic() - started, answers)))
-    except EOFError:
-        pass  # the parent has ended
-    except (SllmError, RuntimeError, ValueError, OSError) as error:
-        connection.send(("error", f"{type(error).__name__}: {error}"))
+        number: int = connection.recv()
+    except (EOFError, ConnectionError):
+        return None
+    return number
