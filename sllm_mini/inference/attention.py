@@ -165,7 +165,7 @@ class DecodeAttention:
 
 class ProductAttention:
     """On a CPU: one product for the scores, softmax in float32, one product for the answer, each rounded to the
-    dtype as in transformers' eager attention, but that the query is scaled first. In float16 and bfloat16, torch's SDPA for one query a row took 1.6 to 8 times as long (torch 2.13, AVX-512, 8
+    dtype as in transformers' eager attention, but that the query is scaled first. In float16 and bfloat16, torch's SDPA for one query a row took 1.2 to 6 times as long (torch 2.13, AVX-512, 8
     rows of 96 to 1 024 tokens; most where query heads share keys), in float32 about as long. Only for rows of unlike lengths,
     which have a mask: without one, SDPA gives the bits that `generate` gives."""
 
