@@ -5,6 +5,7 @@ PIP_FLAGS ?=
 CUDA ?= auto
 LAB_FLAGS ?=
 TEST_FLAGS ?=
+TEST_PROCESSES ?= 2
 CHAPTER_FLAGS ?=
 BENCH_FLAGS ?=
 KERNEL_FLAGS ?=
@@ -20,12 +21,12 @@ CHAPTERS := $(sort $(wildcard chapters/[0-9][0-9]_*.ipynb))
 FIRST := $(firstword $(wildcard chapters/00_*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test lint chapters browser picture peers kernels bench gpu-report
+.PHONY: help setup lab test lint chapters browser picture peers ray kernels bench gpu-report
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  Variables: PYTHON=python3.12, CUDA=auto|12|13|none, PIP_FLAGS, LAB_FLAGS, TEST_FLAGS, CHAPTER_FLAGS, KERNEL_FLAGS, BENCH_FLAGS"
+	@echo "  Variables: PYTHON=python3.12, CUDA=auto|12|13|none, PIP_FLAGS, LAB_FLAGS, TEST_FLAGS, TEST_PROCESSES=2, CHAPTER_FLAGS, KERNEL_FLAGS, BENCH_FLAGS"
 	@echo "  and of gpu-report: STAGES, BUDGET (seconds), OUT, REPORT_FLAGS=--rehearse|--list|--again"
 
 setup: $(SETUP) ## make the environment .venv from requirements.lock
@@ -71,7 +72,7 @@ lab: $(SETUP) ## JupyterLab, open on chapter 00
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" $(LAB_FLAGS) $(FIRST)
 
 test: $(SETUP) ## every test but those that drive a browser
-	$(BIN)/python -m pytest -m "not browser" $(TEST_FLAGS)
+	$(BIN)/python -m pytest -m "not browser" -n $(TEST_PROCESSES) --dist loadfile $(TEST_FLAGS)
 	PYTHONPATH="$(CURDIR)/$(ORACLES)" $(BIN)/python -m pytest $(TEST_FLAGS) tests/test_04_lora.py tests/test_04_quantised.py || test $$? = 5 # 5: TEST_FLAGS chose none
 
 lint: $(SETUP) ## ruff and mypy
@@ -95,6 +96,9 @@ gpu-report: ## record everything on a machine with a CUDA GPU, by PYTHON, into O
 # Without their dependencies: every package that requirements.lock pins stays as it is.
 peers: $(SETUP) ## install the loaders of other projects, to compare with
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-peers.lock
+
+ray: $(SETUP) ## install Ray, for clusters of machines (then: make test TEST_FLAGS="--slow -k ray")
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-ray.lock
 
 kernels: $(SETUP) ## compile the CUDA kernels ahead of time (KERNEL_FLAGS="--arch sm_90")
 	$(BIN)/sllm-mini kernels $(KERNEL_FLAGS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sllm_mini.lazy import lazy_names
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 _HOMES = {
     "SllmError": "errors",

@@ -85,3 +85,11 @@ class WireError(SllmError):
 
 class ModelError(SllmError):
     """A model that cannot be built, filled or run as asked."""
+
+
+class StageError(ModelError):
+    """A stage of a model that runs in several places is gone; `stage` is its number."""
+
+    def __init__(self, message: str, *, stage: int) -> None:
+        self.stage = stage
+        super().__init__(message)

@@ -12,12 +12,14 @@ from functools import partial
 import hypothesis
 import pytest
 from command_line import Run, run_command
+from ray_machines import ray_machines  # noqa: F401 - a fixture
 
 # Before transformers is imported anywhere: nothing in a test may look for a model on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.pop("COLUMNS", None)  # of the terminal that the tests are started from; pytest-xdist hands it on
 
 # A script's background job ignores Ctrl-C, and every process that a test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -166,6 +166,8 @@ class World:
         self.specs: dict[str, m.ModelSpec] = {}
         self.processes: dict[int, Process] = {}
         self.started: dict[int, None] = {}
+        self.loading: dict[int, int] = {}
+        """Those that were reached before their last byte, with their epoch then."""
         """Processes that climb."""
         self.running: dict[int, int] = {}
         """Requests, with the process they are on."""
@@ -276,6 +278,7 @@ class World:
         for request in [request for request, (target, _) in self.moving.items() if target == process]:
             del self.moving[request]
         self.started.pop(process, None)
+        self.loading.pop(process, None)
         del self.processes[process]
 
     def step(self, weights: dict[str, int]) -> None:
@@ -383,14 +386,20 @@ class World:
             self.handle(m.RequestCancelled(request))
 
     def do_reach(self) -> None:
-        if self.started:
+        if self.loading and self.random.random() < 0.4:
+            id, epoch = self.loading.popitem()
+            self.handle(m.InstanceLoaded(id, Tier.DISK, 2.0, 0.0, epoch))
+        elif self.started:
             id = self.random.choice(list(self.started))
             process = self.processes[id]
             assert process.target is not None
             del self.started[id]
             process.warmth, process.target = process.target, None
             process.held = held_nbytes(process.spec, process.warmth)
-            self.handle(m.InstanceReached(id, Tier.DISK, 1.0, 0.0, process.epoch))
+            whole = process.warmth < Warmth.READY or self.random.random() < 0.7
+            if not whole:
+                self.loading[id] = process.epoch
+            self.handle(m.InstanceReached(id, Tier.DISK, 1.0, 0.0, process.epoch, whole=whole))
 
     def do_break(self) -> None:
         if self.processes:
@@ -428,14 +437,22 @@ class World:
             event = self.random.choice((m.Cached, m.Evicted))
             self.handle(event(self.random.choice([*self.nodes, "gone"]), f"m{self.random.randrange(7)}", self.random.choice((Tier.DISK, Tier.DRAM))))
 
+    def do_ask(self) -> None:
+        """What somebody asks of a model without a request."""
+        name = f"m{self.random.randrange(7)}"
+        asked: list[m.AnyEvent] = [
+            m.PrewarmAsked(name, self.random.choice(list(Warmth)[1:])), m.UnloadAsked(name), m.KeepAliveAsked(name, self.random.choice((None, -1.0, 0.0, 2.0))),
+        ]  # fmt: skip
+        self.handle(self.random.choice(asked))
+
     def do_late(self) -> None:
         """An event that came before comes again, or one about a decision that was taken back, or about nobody: nothing follows."""
         stale: list[m.AnyEvent] = [
-            m.RequestFinished(-1, 1, 1.0, 0), m.InstanceReached(-1, Tier.DISK, 1.0, 0.0, 0), m.InstanceFailed(-1, "", 0), m.TimerFired(10**9),
+            m.RequestFinished(-1, 1, 1.0, 0), m.InstanceReached(-1, Tier.DISK, 1.0, 0.0, 0), m.InstanceLoaded(-1, Tier.DISK, 1.0, 0.0, 0), m.InstanceFailed(-1, "", 0), m.TimerFired(10**9),
             m.MigrationFinished(-1, 1.0, 1, 0), m.MigrationFailed(-1, 0), m.RequestCancelled(-1), m.RequestFailed(-1, 0), m.RequestProgressed(-1, 1, 0),
             m.NodeLost("gone"), m.ModelDeleted("gone"),
         ]  # fmt: skip
-        repeatable = (m.RequestFinished, m.RequestFailed, m.InstanceReached, m.InstanceFailed, m.MigrationFinished, m.MigrationFailed, m.TimerFired, m.RequestCancelled)  # fmt: skip
+        repeatable = (m.RequestFinished, m.RequestFailed, m.InstanceReached, m.InstanceLoaded, m.InstanceFailed, m.MigrationFinished, m.MigrationFailed, m.TimerFired, m.RequestCancelled)  # fmt: skip
         stale += [event for event in self.past[-40:] if isinstance(event, repeatable)]
         for process in list(self.processes.values())[:3]:
             for request, epoch in process.requests.items():
@@ -533,7 +550,7 @@ def recount(controller: Controller) -> None:
         assert sorted(each.incoming) == sorted(r.id for r in coming)
     for name, node in cluster.nodes.items():
         linked = [each.id for each in everyone if name in each.links]
-        assert set(node.loading) <= set(linked) and all(cluster.instances[id].climbing for id in linked), "who has come, or never will, keeps a link busy"
+        assert set(node.loading) <= set(linked) and all(cluster.instances[id].climbing or cluster.instances[id].loading for id in linked), "who has come, or never will, keeps a link busy"
         assert node.loads_until == 0 or (node.loading and node.loads_until > controller.now)
     sizes = [(each.spec.devices, each.spec.dram_nbytes) for each in cluster.nodes.values()]
     assert all(cluster.holds(*size) for size in sizes) and set(cluster.largest) <= set(sizes)

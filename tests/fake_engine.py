@@ -53,6 +53,13 @@ def text_of(new_ids: tuple[int, ...], *, ended: bool) -> str:
     return "".join(chr(0xE0 + token % 60) for token in new_ids[:shown])
 
 
+def scores_of(token_ids: tuple[int, ...], seed: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """What is told of the probability of the token that follows these, and of the `count` likeliest: it is the second of them."""
+    token = next_token(token_ids, seed)
+    scored = [((token + 7 * place - 7) % VOCABULARY, -(place + 1) - _hash(b"score", token_ids)[0] / 256) for place in range(max(count, 2))]
+    return scored[1][1], tuple(scored[:count])
+
+
 def whole_text(session: Session) -> tuple[tuple[int, ...], str, str]:
     """The new tokens, the text and the finish of a request that nothing disturbs."""
     token_ids = session.token_ids
@@ -71,6 +78,9 @@ class FakePiece:
     text: str
     seconds: float
     position: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    vector: bytes | None = None
 
 
 @dataclass
@@ -157,7 +167,8 @@ class FakeEngine:
         generation.token_ids.append(token)
         if generation.finish:
             del self._all[session.request_id]
-        request.on_piece(FakePiece(token, text[len(before) :], 0.0, len(token_ids) - 1))
+        scores = () if session.logprobs is None else scores_of(session.token_ids, session.sampling.seed, session.logprobs)
+        request.on_piece(FakePiece(token, text[len(before) :], 0.0, len(token_ids) - 1, *scores))
 
     def _compute(self, request: _Request, token_ids: tuple[int, ...]) -> None:
         for end in range(request.cached + 1, len(token_ids) + 1):

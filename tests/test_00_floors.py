@@ -41,7 +41,7 @@ ONLY = {"control": {"errors", "types", "eviction"}, "eviction": {"errors", "type
 IMPURE = {"asyncio", "multiprocessing", "os", "pathlib", "random", "secrets", "socket", "subprocess", "tempfile", "threading", "time", "torch"}
 """What no pure room imports: clocks, files, threads, chance and torch come in as arguments."""
 
-FIRST_PARTY_ONLY = {"cupy": "device/cuda.py", "cupy_backends": "device/cuda.py"}
+FIRST_PARTY_ONLY = {"cupy": "device/cuda.py", "cupy_backends": "device/cuda.py", "ray": "cluster/ray.py"}
 """Libraries that one file alone imports."""
 
 MAX_LINES = 350

@@ -640,7 +640,7 @@ def test_a_socket_is_private_whatever_the_umask_and_gone_when_closed(place: Path
         with listen(place) as listener:
             assert stat.S_IMODE(place.stat().st_mode) == 0o600
             assert os.umask(0) == 0
-            assert listener.path == str(place)
+            assert listener.address == str(place)
         assert not place.exists()
         listener.close()
     finally:
@@ -829,3 +829,31 @@ def test_the_header_is_what_the_module_says() -> None:
     body = msgspec.msgpack.encode(Block(1))
     assert data == b"SLM\x01" + bytes(4) + struct.pack("<I", len(body)) + struct.pack("<Q", 3) + body + b"xyz"
     assert array.array("i").itemsize == 4
+
+
+_TOGETHER = """
+import sys, threading
+from typing import Annotated
+import msgspec
+from sllm_mini.wire import Message
+from sllm_mini.wire.message import decoder
+sys.setswitchinterval(1e-6)
+parts = [msgspec.defstruct(f"Part{n}", [("a", Annotated[int, msgspec.Meta(ge=0)]), ("b", list[int])], bases=(Message,), frozen=True) for n in range(60)]
+whole = msgspec.defstruct("Whole", [(f"f{n}", part) for n, part in enumerate(parts)], bases=(Message,), frozen=True)
+raw = msgspec.msgpack.encode(whole(*(part(1, [1]) for part in parts)))
+begin = threading.Barrier(4)
+def read():
+    begin.wait()
+    decoder(whole).decode(raw)
+threads = [threading.Thread(target=read) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_threads_that_need_one_decoder_first_at_the_same_time_all_get_a_whole_one() -> None:
+    """Without the lock some of these processes end by SIGSEGV."""
+    running = [subprocess.Popen([sys.executable, "-c", _TOGETHER]) for _ in range(6)]
+    assert [process.wait(60) for process in running] == [0] * 6

@@ -767,7 +767,7 @@ def test_a_rehearsal_goes_through_every_stage_on_a_processor(stages: tuple[str, 
     shutil.copytree(CHECKOUT / "sllm_mini", checkout / "sllm_mini", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("csrc", "data"):
         (checkout / name).symlink_to(CHECKOUT / name)
-    for name in ("conftest.py", "command_line.py"):  # all tests share the first, which imports the second
+    for name in ("conftest.py", "command_line.py", "ray_machines.py"):  # all tests share the first, which imports the others
         shutil.copyfile(CHECKOUT / "tests" / name, checkout / "tests" / name)
     shutil.copyfile(CHECKOUT / "pyproject.toml", checkout / "pyproject.toml")
     shutil.copyfile(CHECKOUT / "Makefile", checkout / "Makefile")

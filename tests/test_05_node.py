@@ -181,7 +181,7 @@ def test_a_start_without_overlap_is_ready_and_says_what_each_rung_took(opened: O
     instance = opened(tiny.path).start("tiny", overlap=False)
     assert instance.warmth is Warmth.READY
     main = [span for span in instance.spans if span.lane == "main"]
-    assert [span.name for span in main] == ["import", "attach", "tokenizer", "skeleton", "fill", "engine", "wait for bytes"]
+    assert [span.name for span in main] == ["import", "attach", "skeleton", "fill", "tokenizer", "engine", "wait for bytes"]
     assert all(before.end <= after.start for before, after in pairwise(main))
     assert set(instance.rung_seconds) == {Warmth.RUNTIME, Warmth.DRAM, Warmth.DEVICE, Warmth.READY}
     assert sum(instance.rung_seconds.values()) == pytest.approx(sum(span.seconds for span in main))

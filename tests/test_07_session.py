@@ -58,6 +58,7 @@ def sessions(pick: st.DrawFn) -> Session:
         held_text=pick(st.none() | st.text("abé🦊", max_size=5)),
         timings=Timings(*pick(st.tuples(seconds_of, seconds_of, seconds_of, seconds_of, st.integers(0, 999), seconds_of, seconds_of))),
         elapsed_seconds=pick(seconds_of),
+        logprobs=pick(st.none() | st.integers(0, 20)),
     )
 
 
@@ -104,14 +105,14 @@ def with_field(name: str, value: Any) -> bytes:
     [
         (b"", "not a session"),
         (b"\x80\x04pickle", "not a session"),
-        (b"sllm-session\x02rest", "the session has version 2; this release reads version 1"),
+        (b"sllm-session\x03rest", "the session has version 3; this release reads versions 1 to 2"),
         (with_field("token_ids", [5, -1]), r"cannot be read: .*>= 0"),
         (with_field("token_ids", "text"), "cannot be read"),
         (with_field("prompt_length", 4), "prompt has 4 of its 3 tokens"),
         (with_field("prompt_length", 0), "prompt has 0 of its 3 tokens"),
         (with_field("max_new_tokens", 0), "the session is of no request: max_new_tokens is 0; it must be at least 1"),
         (with_field("stop", [""]), "a stop string is empty"),
-        (with_field("request_id", ""), "request_id is ''; it must be a text of 1 to 256 characters"),
+        (with_field("request_id", ""), "request_id is ''; it must be a text of 1 to 200 characters"),
         (with_field("elapsed_seconds", math.nan), "cannot be read"),
         (with_field("elapsed_seconds", math.inf), "not a number of seconds"),
         (with_field("surprise", 1), "unknown field `surprise`"),
@@ -129,7 +130,7 @@ def test_odd_bytes_are_refused(raw: Any, message: str) -> None:
 
 def test_what_no_request_can_be_in_is_refused() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"version": 2}, "version 2"),
+        ({"version": 3}, "version 3"),
         ({"token_ids": ()}, "prompt has 2 of its 0 tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
         ({"token_ids": (5, 6, 7, 8), "max_new_tokens": 1}, "2 new tokens of at most 1"),
@@ -149,7 +150,7 @@ ODD: list[tuple[dict[str, Any], str]] = [
     ({"max_new_tokens": 2.5}, r"max_new_tokens is 2\.5; it must be at least 1, and a whole number"),
     ({"max_new_tokens": "9"}, "max_new_tokens is '9'"),
     ({"max_new_tokens": 2**41}, "max_new_tokens is 2199023255552"),
-    ({"request_id": 5}, "request_id is 5; it must be a text of 1 to 256 characters"),
+    ({"request_id": 5}, "request_id is 5; it must be a text of 1 to 200 characters"),
     ({"request_id": "a" * 300}, "request_id is 'aaa.*; it must be"),
     ({"request_id": "\ud800"}, "request_id is .* in valid Unicode"),
     ({"stop": ("b" * 70_000,)}, "a stop string is 'bbb.*65,536 characters"),

@@ -207,7 +207,7 @@ def test_the_page_holds_what_it_says() -> None:
     shown = "\n".join(str(output.get("data", {}).get("text/plain", output.get("text", ""))) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
     assert "BROKEN" not in shown and "formula inside" in shown and " no\n" not in shown.split("formula inside")[1].split("\n\n")[0]
     pictures = sum("data:image/png;base64," in str(output.get("data", {}).get("text/html", "")) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
-    assert pictures == 7
+    assert pictures == 8
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     for path, word in re.findall(r"`pytest (tests/\S+)(?: -k (\w+))?`", text):
         tests = (CHAPTER.parents[1] / path).read_text()

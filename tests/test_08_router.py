@@ -100,15 +100,16 @@ def test_what_a_reader_sees_was_written_before() -> None:
     assert seen == [[(3, 0), (4, 0)], ("a", "cancelled", None)] and read == [3, 4]
 
 
-def test_only_who_may_have_killed_its_worker_is_given_up_on() -> None:
+@pytest.mark.parametrize("most", [MAX_RESTARTS, 5])
+def test_only_who_may_have_killed_its_worker_is_given_up_on(most: int) -> None:
     register = EpochRegister()
-    ledger = TokenLedger(register)
+    ledger = TokenLedger(register, max_restarts=most)
     ledger.open(story("a"))
     for epoch in range(10):
         assert ledger.restart("a", "next", epoch, blame=False) is not None
-    for epoch in range(10, 10 + MAX_RESTARTS):
+    for epoch in range(10, 10 + most):
         assert ledger.restart("a", "next", epoch) is not None
-    assert ledger.restart("a", "next", 10 + MAX_RESTARTS) is None and "gave no token" in (ledger.error("a") or "")
+    assert ledger.restart("a", "next", 10 + most) is None and "gave no token" in (ledger.error("a") or "")
 
 
 # --- the journal --------------------------------------------------------------------------------------------------------
@@ -184,6 +185,24 @@ def routing(folder: Path) -> Iterator[tuple[Router, list[int]]]:
         yield router, ended
     finally:
         router.close("503: it is over")
+
+
+def test_who_comes_while_all_fail_is_failed_too_or_refused(tmp_path: Path) -> None:
+    with routing(tmp_path) as (router, ended):
+        failing = threading.Thread(target=router.fail_all, args=("503: the cluster was closed",))
+
+        class Paper:
+            def opened(self, *_of: object) -> None:
+                failing.start()
+                failing.join(0.2)  # it is in the middle of being taken
+
+        router._journal = Paper()  # type: ignore[assignment]
+        router.open(story("a"), "m", "")
+        failing.join(10)
+        assert not failing.is_alive() and router.wait("a", 5).outcome == "refused" and ended == [0]
+        with pytest.raises(RefusedError, match="the cluster was closed") as refused:
+            router.open(story("b"), "m", "")
+        assert refused.value.status == 503
 
 
 class Known:
@@ -493,7 +512,7 @@ def test_an_agent_that_dies_or_hangs_is_noticed_and_its_requests_go_on(local: Li
     streams = [local.submit(ask(name, tokens=300)) for name in "xy"]
     assert local.wait(lambda _: all(stream.report.output_tokens > 3 for stream in streams), 20)
     victim = local._loop.carry.handles["node-0000"]
-    pid: int = victim.pid  # type: ignore[attr-defined]
+    pid: int = victim._process.pid  # type: ignore[attr-defined]
     os.kill(pid, signalled)
     began = local.now
     assert local.wait(lambda _: not local.nodes()[0].alive, 10)
@@ -509,7 +528,7 @@ def test_no_process_or_descriptor_is_left(tmp_path: Path) -> None:
 
     before, threads = left()
     with LiveCluster.open("local", even_cluster(2, devices=1), ControlOptions(), tmp_path, QUICK) as cluster:
-        pids = [handle.pid for handle in cluster._loop.carry.handles.values()]  # type: ignore[attr-defined]
+        pids = [handle._process.pid for handle in cluster._loop.carry.handles.values()]  # type: ignore[attr-defined]
         cluster.kill_node("node-0001")
     after, more = left()
     assert all(map(is_gone, pids)) and after <= before and {name for name in more - threads if name.startswith("sllm")} == set()

@@ -67,7 +67,7 @@ class Control(RuleBasedStateMachine):
         for _ in range(count):
             self.world.do_arrive()
 
-    @rule(kind=st.sampled_from(["join", "deploy", "delete", "cache", "late"]))
+    @rule(kind=st.sampled_from(["join", "deploy", "delete", "cache", "ask", "late"]))
     def something_happens(self, kind: str) -> None:
         getattr(self.world, f"do_{kind}")()
 

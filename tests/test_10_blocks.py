@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,14 +16,17 @@ import torch
 from command_line import Run
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import children_of
 from store_process import eventually
 
 from sllm_mini.checkpoint import Checkpoint, WriteOptions, open_checkpoint
 from sllm_mini.checkpoint.torch_source import torch_source
 from sllm_mini.checkpoint.writer import write_checkpoint
+from sllm_mini.cluster import netns
 from sllm_mini.cluster.block_board import Board
 from sllm_mini.cluster.block_messages import Step, parts_of
 from sllm_mini.cluster.blocks import BlockPeer, FetchReport
+from sllm_mini.cluster.netns import Links, why_no_namespaces
 from sllm_mini.cluster.rate import TokenBucket
 from sllm_mini.control.multicast import (
     Plan,
@@ -33,12 +37,14 @@ from sllm_mini.control.multicast import (
     serial_chain,
     store_reads,
 )
-from sllm_mini.errors import IntegrityError, LoadCancelled, NoRoomError, StoreError
+from sllm_mini.errors import IntegrityError, LoadCancelled, NoRoomError, StoreError, UnsupportedError, WireError
+from sllm_mini.lab.multicast_live import live_text, plot_live
 from sllm_mini.lab.multicast_node import Answer, Fleet, Spread, Spreaded
 from sllm_mini.loading.load import load_tensors
 from sllm_mini.storage.holdings import Lease
 from sllm_mini.storage.incoming import HeldBlocks, Incoming, cut_blocks
 from sllm_mini.storage.store import Store
+from sllm_mini.wire import connect, set_key, tcp
 
 MIB = 1 << 20
 BLOCK = 2 * MIB
@@ -231,12 +237,12 @@ class Lying(HeldBlocks):
 
 
 def carry_out(
-    plan: Plan, folder: Path, model: Checkpoint, source: HeldBlocks, *, patience: float = 20.0, before: Callable[[int, Store], None] | None = None
+    plan: Plan, folder: Path, model: Checkpoint, source: HeldBlocks, *, patience: float = 20.0, before: Callable[[int, Store], None] | None = None, over_tcp: bool = False
 ) -> list[FetchReport]:
     """A plan between peers of this process, each with a store of its own; every receiver is whole in the end."""
     folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
-        peers = [BlockPeer(str(folder / f"p{node}"), patience_seconds=patience) for node in range(plan.nodes)]
+        peers = [BlockPeer("tcp://127.0.0.1:0" if over_tcp else str(folder / f"p{node}"), patience_seconds=patience) for node in range(plan.nodes)]
         for peer in peers:
             stack.callback(peer.close)
         parts = parts_of(plan, "a plan", [peer.address for peer in peers], BLOCK)
@@ -264,6 +270,15 @@ def test_every_plan_brings_every_node_every_block_as_planned(make: Callable[[int
     assert [report.planned for report in reports] == [0] * plan.sources + [blocks] * (5 - plan.sources)
     sent = [sum(transfer.source == node for transfer in plan.transfers) for node in range(5)]
     assert [report.sent for report in reports] == sent and not any(report.begged or report.fell_back or report.corrupt for report in reports)
+
+
+def test_a_plan_is_carried_out_over_tcp_by_address_alone(tmp_path: Path, model: Checkpoint, whole: HeldBlocks) -> None:
+    set_key(bytes(range(32)))
+    try:
+        reports = carry_out(binomial_pipeline(4, len(whole.blocks)), tmp_path, model, whole, over_tcp=True)
+    finally:
+        set_key(None)
+    assert [report.planned for report in reports] == [0] + [len(whole.blocks)] * 3
 
 
 def test_a_store_that_sends_several_at_once_sends_each_receiver_its_blocks_in_order() -> None:
@@ -372,7 +387,47 @@ def test_bench_multicast_measures_every_plan(run: Run) -> None:
     assert set(rows) == {(plan, nodes) for plan in ("binomial", "chain", "tree", "store", "2-way") for nodes in (2, 4)} - {("2-way", 2)}
     assert all(row["strayed_blocks"] == 0 and row["block_seconds_median"] > 0 for row in rows.values())
     assert rows["binomial", 4]["ticks"] == rows["binomial", 4]["bound_block_times"] == 5 and rows["store", 4]["ticks"] == 12
+    said = live_text(ended.document, 4)
+    assert plot_live(ended.document, 4).get_yticklabels()[0].get_text() == "everyone reads the store" and "by ticks x0.42" in said and "TCP" in said
+    with pytest.raises(ValueError, match=r"give one of \[2, 4\]"):
+        live_text(ended.document, 3)
     assert rows["binomial", 4]["ratio_to_reference_median"] < 1 == rows["store", 4]["ratio_to_reference_median"]
+
+
+def test_nodes_in_namespaces_reach_each_other_at_the_rate_of_their_links_and_leave_nothing(tmp_path: Path, model: Checkpoint) -> None:
+    if (reason := why_no_namespaces()) is not None:
+        pytest.skip(f"needs network namespaces: {reason}")
+    blocks = len(cut_blocks(model.index, BLOCK))
+    rate = 20e6
+    processes = set(children_of(os.getpid()))
+    with Links(["0", "1", "2"], rate) as links, Fleet(3, tmp_path, bytes_per_second=None, dram_nbytes=32 * MIB, links=links) as fleet:
+        assert [tcp.split_address(address)[0] for address in fleet.addresses] == [links.host(name) for name in "012"]
+        with pytest.raises(WireError, match="no server answers there"):  # it listens there, and not here
+            connect(tcp.join_address("127.0.0.1", tcp.split_address(fleet.addresses[0])[1]), key=bytes(32), timeout=20)
+        fleet.prepare("m", model.path, 3, 1)
+        for node, part in enumerate(parts_of(serial_chain(3, blocks), "p", fleet.addresses, BLOCK)):
+            fleet.give(node, Spread("m", part))
+        for found in [fleet.answer(node) for node in range(3)][1:]:
+            assert isinstance(found, Spreaded) and found.planned == blocks
+            assert found.whole_seconds > 0.9 * model.nbytes / rate, "a link was faster than it may be"
+    assert set(children_of(os.getpid())) == processes
+    for names in ([], ["a", "a"]):
+        with pytest.raises(ValueError, match="are no network"):
+            Links(names, rate)
+
+
+def test_a_machine_without_namespaces_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netns, "_ALONE", (["false"], ["false"]))
+    netns._found.cache_clear()
+    try:
+        assert why_no_namespaces() == "as this user, exit status 1; in a namespace of users, exit status 1"
+        with pytest.raises(UnsupportedError, match="use token buckets instead"):
+            Links(["a"], 1e6)
+        monkeypatch.setattr(netns, "_TOOLS", ("no-such-tool",))
+        netns._found.cache_clear()
+        assert "no-such-tool" in str(why_no_namespaces())
+    finally:
+        netns._found.cache_clear()
 
 
 @pytest.mark.parametrize(("option", "value"), [("--nodes", "1"), ("--nodes", "two"), ("--rate", "fast"), ("--rate", "10kB/s")])

@@ -239,5 +239,5 @@ def test_the_chapter_is_numbered_and_says_what_was_not_measured() -> None:
     cells = nbformat.read(CHAPTER, as_version=4).cells
     assert [cell.id for cell in cells] == [f"c10-{number:02d}" for number in range(len(cells))]
     prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    assert prose.count("**Predict") >= 6 and "Nothing on this page was measured on several nodes, no run on a GPU is recorded" in prose
+    assert prose.count("**Predict") >= 6 and "Nothing on this page was measured on several machines, no run on a GPU is recorded" in prose
     assert "What falls short" in prose and "control.multicast:binomial_step" in prose

@@ -93,3 +93,8 @@ def execution_order(names: Iterable[str]) -> list[tuple[str, list[str]]]:
             key = (3, "head", 0)
         groups.setdefault(key, []).append(name)
     return [(key[1] if key[0] in (0, 3) else f"{key[1]}.{key[2]}", groups[key]) for key in sorted(groups)]
+
+
+def is_numbered(layer: str) -> bool:
+    """Whether a layer of `execution_order` is one of a model's numbered blocks, and neither what comes before them nor after."""
+    return layer not in ("embedding", "head")

@@ -10,11 +10,14 @@ import typer
 from rich.text import Text
 
 from sllm_mini.cli import (
+    bench_cluster,
     bench_decode,
     bench_migrate,
     bench_multicast,
     bench_overlap,
+    bench_serve,
     bench_simulate,
+    bench_start,
     bench_tiers,
     bench_warmup,
     terminal,
@@ -28,6 +31,7 @@ from sllm_mini.cli.bench_options import (
     deliver,
     print_skipped,
 )
+from sllm_mini.cli.simulate import NamesPolicies
 from sllm_mini.cli.terminal import DeviceOption, JsonOption
 from sllm_mini.lab.units import nbytes_text, rate_text, seconds_text
 
@@ -94,8 +98,11 @@ app.command("overlap")(bench_overlap.overlap)
 app.command("warmup")(bench_warmup.warmup)
 app.command("decode")(bench_decode.decode)
 app.command("migrate")(bench_migrate.migrate)
+app.command("serve")(bench_serve.serve)
+app.command("start")(bench_start.start)
 app.command("multicast")(bench_multicast.multicast)
 app.command("simulate")(bench_simulate.simulate)
+app.command("cluster", cls=NamesPolicies)(bench_cluster.cluster)
 
 
 def _states(asked: list[_State] | None) -> tuple[Literal["cold", "warm"], ...]:

@@ -19,10 +19,12 @@ from sllm_mini import __version__
 from sllm_mini.cli import (
     bench,
     checkpoints,
+    deployments,
     inspection,
     kernels,
     machine,
     models,
+    serve,
     simulate,
     store,
     terminal,
@@ -105,6 +107,12 @@ app.command("verify")(checkpoints.verify)
 app.command("load")(models.load)
 app.command("kernels")(kernels.kernels)
 app.command("generate")(models.generate)
+app.command("serve")(serve.serve)
+app.command("deploy")(deployments.deploy)
+app.command("delete")(deployments.delete)
+app.command("ps")(deployments.ps)
+app.command("unload")(deployments.unload)
+app.command("pin")(deployments.pin)
 app.command("simulate", cls=simulate.NamesPolicies)(simulate.simulate)
 app.command("replay")(traces.replay)
 app.add_typer(bench.app, name="bench")

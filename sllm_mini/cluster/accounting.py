@@ -8,13 +8,14 @@ Pure. Costs some 3 us a record; memory grows with the requests that go on, not w
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 from sllm_mini.cluster.simulated.account import BUSY, CLIMBING, IDLE, MODES, Account, InstanceSpan, slot
 from sllm_mini.control import messages as m
 from sllm_mini.control.replay import Record, read_log
 from sllm_mini.control.state import held_nbytes
-from sllm_mini.types import Warmth
+from sllm_mini.types import Tier, Warmth
 
 _COLD, _DRAM, _DEVICE, _READY = Warmth.COLD, Warmth.DRAM, Warmth.DEVICE, Warmth.READY
 
@@ -73,21 +74,25 @@ class Accounting:
     account: Account = field(default_factory=Account)
     spans: list[InstanceSpan] = field(default_factory=list)
     cold: list[int] = field(default_factory=lambda: [0] * len(Warmth))
+    loaded_nbytes: list[int] = field(default_factory=lambda: [0] * len(Tier))
+    """Bytes of finished loads by the tier they came from."""
 
 
 def account_of(log: Iterable[bytes | str], until: float) -> Accounting:
     """Of all that a log says, up to `until` (which is not before its last record). Raises SllmError for what is no log."""
-    teller = _Teller()
+    accountant = Accountant()
     for record in read_log(log):
-        teller.tell(record)
-    teller.settle(until)
-    return teller.found
+        accountant.tell(record)
+    accountant.settle(until)
+    return accountant.found
 
 
-class _Teller:
-    """The log told record by record: what happened first, then what was decided."""
+class Accountant:
+    """The log told record by record: what happened first, then what was decided. Of spans only the last `keep_spans` are kept, where not
+    all are."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_spans: int | None = None) -> None:
+        self.keep_spans = keep_spans
         self.found = Accounting()
         self._account = self.found.account
         self._specs: dict[str, m.ModelSpec] = {}
@@ -99,14 +104,23 @@ class _Teller:
         self._happened(record.event, record.now)
         for action in record.actions:
             self._decided(action, record.now)
+        if self.keep_spans is not None and len(self.found.spans) > 2 * self.keep_spans:
+            del self.found.spans[: -self.keep_spans]
+
+    def settled(self, until: float) -> Accounting:
+        """What it comes to if it ends then, and it may go on. Costs what the instances and requests there are and the spans cost."""
+        other = deepcopy(self, {id(self.found.spans): self.found.spans.copy()})
+        other.settle(until)
+        return other.found
 
     def _happened(self, event: m.AnyEvent, now: float) -> None:
         match event:
             case m.NodeJoined(node):
                 self._lose_node(node.name, now)
                 self._nodes[node.name] = _Node(node, now, node.devices, node.dram_nbytes, now)
-            case m.NodeLost(name):
-                self._lose_node(name, now)
+            case m.NodeLost(name, also):
+                for each in (name, *also):
+                    self._lose_node(each, now)
             case m.ModelDeployed(model):
                 self._specs[model.name] = model
             case m.RequestArrived(id):
@@ -125,7 +139,9 @@ class _Teller:
             case m.InstanceReached(id, tier, _, _, epoch):
                 instance = self._instances.get(id)
                 if instance is not None and instance.epoch == epoch and instance.target > instance.warmth:
-                    self._account.loads[tier] += instance.warmth < _DEVICE and instance.target >= _DRAM
+                    if instance.warmth < _DEVICE and instance.target >= _DRAM:
+                        self._account.loads[tier] += 1
+                        self.found.loaded_nbytes[tier] += instance.spec.nbytes
                     self._count(instance, now)
                     instance.warmth = instance.target
                     self._hold(instance, held_nbytes(instance.spec, instance.warmth))

@@ -23,6 +23,8 @@ class Board:
     passed: set[tuple[int, int]] = field(default_factory=set)
     """Turns that went by without an ask: such an ask is answered when it comes."""
     gone: set[int] = field(default_factory=set)
+    ended: bool = False
+    """Nobody will ask any more."""
     busy: set[int] = field(default_factory=set)
     """Receivers that a block is on its way to: a node's blocks go out in order."""
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -43,7 +45,7 @@ class Board:
         """Waits until the receiver has asked for its block; None where nothing is to be sent now."""
         key = step.peer, step.block
         with self.changed:
-            self.changed.wait_for(lambda: key in self.asked or step.peer in self.gone, patience)
+            self.changed.wait_for(lambda: key in self.asked or step.peer in self.gone or self.ended, patience)
             if key not in self.asked:
                 self.gone.add(step.peer)
                 self.passed.add(key)

@@ -26,7 +26,8 @@ class Step(Message, frozen=True):
 
 class Part(Message, frozen=True):
     """One node's share of a plan, in the order of its ticks. `peers` are the addresses of all nodes; `width` is how many blocks this one may
-    send at once (a store more than one)."""
+    send at once (a store more than one); `reads` it gets from the model's own source, beside what it receives; not `whole`: it
+    needs no more than that."""
 
     plan: PlanId
     node: Node
@@ -35,6 +36,8 @@ class Part(Message, frozen=True):
     sends: Annotated[list[Step], Meta(max_length=1 << 20)]
     receives: Annotated[list[Step], Meta(max_length=1 << 20)]
     width: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
+    reads: Annotated[tuple[Number, ...], Meta(max_length=1 << 20)] = ()
+    whole: bool = True
 
 
 class Hello(Message, frozen=True):

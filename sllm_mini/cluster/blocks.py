@@ -13,28 +13,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from weakref import WeakSet
 
 from sllm_mini.cluster.block_board import Board
-from sllm_mini.cluster.block_messages import Answer, Ask, Hello, Lacking, Part, Request, Sent, Skip, Step
+from sllm_mini.cluster.block_messages import Answer, Ask, Hello, Lacking, Part, Request, Sent, Step
+from sllm_mini.cluster.block_receiver import FetchReport, Receiver
 from sllm_mini.cluster.rate import TokenBucket
-from sllm_mini.errors import IntegrityError, SllmError, StoreError, WireError
+from sllm_mini.errors import SllmError, StoreError, WireError
 from sllm_mini.storage.incoming import BlockSource, Incoming
-from sllm_mini.wire import BytesLike, Channel, Connections, connect
-
-
-@dataclass(slots=True)
-class FetchReport:
-    """What became of one node's part. Blocks: `planned` came as the plan says, `begged` from another peer or at the second try, `fell_back` from
-    the model's source; `corrupt` were refused for their hashes. `whole_seconds`: until the image was whole."""
-
-    planned: int = 0
-    begged: int = 0
-    fell_back: int = 0
-    corrupt: int = 0
-    sent: int = 0
-    whole_seconds: float = 0.0
-    seconds: float = 0.0
+from sllm_mini.wire import Channel, Connections, connect
 
 
 class BlockPeer:
@@ -51,16 +38,18 @@ class BlockPeer:
         self._seconds_a_byte = 0.0 if bytes_per_second is None else 4 / bytes_per_second
         self._lock = threading.Lock()
         self._boards: dict[str, Board] = {}
+        self._links: WeakSet[Channel[Answer]] = WeakSet()
+        self._closed = False
         self._connections: Connections[Request] = Connections(address, Request, self._serve, name="blocks")
         self.address = self._connections.address
 
     def run(self, part: Part, image: BlockSource) -> FetchReport:
-        """Carries out a part: returns when the image is whole and all is sent that somebody waited for. An `Incoming` is left open.
+        """Carries out a part: returns when the image is whole (or has what was asked for) and all is sent that somebody waited for. An `Incoming` is left open.
 
         Raises StoreError for an image in other blocks, and what the model's source raises where that was needed and failed; the image has
         ended with that error then."""
         known = len(image.blocks)
-        if any(step.block >= known or step.peer >= len(part.peers) for step in (*part.sends, *part.receives)):
+        if any(step.block >= known or step.peer >= len(part.peers) for step in (*part.sends, *part.receives)) or max(part.reads, default=0) >= known:
             raise StoreError(f"plan {part.plan} names a block or a node that there is not, of {known} blocks; make the plan for this model's blocks")
         started = time.monotonic()
         report = FetchReport()
@@ -75,7 +64,7 @@ class BlockPeer:
                 ending.callback(thread.join)
             if isinstance(image, Incoming):
                 try:
-                    _Receiver(self, part, image, report).run()
+                    Receiver(self, part, image, report).run()
                 except BaseException as error:
                     image.end(error)  # who waits here to send a block of it is told
                     raise
@@ -85,6 +74,15 @@ class BlockPeer:
 
     def close(self) -> None:
         """Ends every connection; parts that run notice it as peers that are gone."""
+        with self._lock:
+            self._closed = True
+            links, boards = list(self._links), list(self._boards.values())
+        for link in links:
+            link.close()
+        for board in boards:
+            with board.changed:
+                board.ended = True
+                board.changed.notify_all()
         self._connections.close()
 
     @contextmanager
@@ -109,6 +107,10 @@ class BlockPeer:
     def connect(self, part: Part, node: int, *, scheduled: bool) -> Channel[Answer]:
         """A connection to a peer of the plan, see `Hello`. Raises WireError."""
         channel: Channel[Answer] = Channel(connect(part.peers[node], timeout=self._patience), Answer, name=f"node {node}")
+        with self._lock:
+            self._links.add(channel)
+            if self._closed:
+                channel.close()
         channel.pace(received=None if self._in is None else self._in.take)
         channel.send(Hello(part.plan, part.node, scheduled), timeout=self._patience)
         return channel
@@ -179,115 +181,3 @@ class BlockPeer:
             with self._lock:
                 if unused and self._boards.get(hello.plan) is board:
                     del self._boards[hello.plan]
-
-
-class _Receiver:
-    """The receiving half of one part, on one thread: the plan's blocks in order, then whatever is still missing."""
-
-    def __init__(self, peer: BlockPeer, part: Part, image: Incoming, report: FetchReport) -> None:
-        self._peer, self._part, self._image, self._report = peer, part, image, report
-        self._links: dict[int, Channel[Answer]] = {}
-        self._lost: set[int] = set()
-
-    def run(self) -> None:
-        receives = self._part.receives
-        try:
-            for node in dict.fromkeys(step.peer for step in receives):
-                self._link(node)  # at once, so that a sender sees a receiver that dies
-            present = set(range(len(self._image.blocks))) - set(self._image.missing())
-            asked = [False] * len(receives)
-            for number, step in enumerate(receives):
-                for ahead in (number, number + 1):  # the next is asked for before this one has come: no link waits for a message
-                    if ahead < len(receives) and not asked[ahead]:
-                        asked[ahead] = self._ask(receives[ahead], present)
-                if step.block not in present and not (asked[number] and self._take(step)):
-                    self._help(step.block, step.peer)
-            for block in self._image.missing():
-                self._help(block, None)
-        finally:
-            for node in list(self._links):
-                self._drop(node)
-
-    def _ask(self, step: Step, present: set[int]) -> bool:
-        link = self._link(step.peer)
-        if link is None:
-            return False
-        try:
-            link.send(Skip(step.block) if step.block in present else Ask(step.block), timeout=self._peer.patience(0))
-        except WireError:
-            self._drop(step.peer)
-            return False
-        return True
-
-    def _take(self, step: Step) -> bool:
-        """Receives the block that was asked for; False if it did not come, or not right."""
-        link = self._links.get(step.peer)
-        if link is None or not self._receive(link, step):
-            return False
-        self._report.planned += 1
-        return True
-
-    def _receive(self, link: Channel[Answer], step: Step) -> bool:
-        nbytes = self._image.blocks[step.block].nbytes
-
-        def into(message: Answer, announced: int) -> BytesLike:
-            if message.block != step.block or announced != nbytes:
-                raise WireError(f"node {step.peer} sent block {message.block} of {announced:,} bytes instead of block {step.block} of {nbytes:,}")
-            return whole
-
-        try:
-            with self._image.writing(step.block) as views:
-                # A block across two chunks of memory is rare: it is put together and copied.
-                whole = views[0] if len(views) == 1 else memoryview(bytearray(nbytes))
-                if isinstance(link.receive(self._peer.patience(nbytes), into=into).message, Lacking):
-                    raise _LackingError
-                at = 0
-                for view in views if len(views) > 1 else ():
-                    view[:] = whole[at : at + len(view)]
-                    at += len(view)
-        except _LackingError:
-            return False
-        except IntegrityError:
-            self._report.corrupt += 1
-            return False
-        except WireError:
-            self._drop(step.peer)
-            return False
-        return True
-
-    def _help(self, block: int, first: int | None) -> None:
-        """Gets a block that did not come: from its sender at once, then from any peer, then from the model's source."""
-        others = [node for node in range(len(self._part.peers)) if node not in (self._part.node, first)]
-        for node in ([] if first is None else [first]) + others:
-            if node in self._lost:
-                continue
-            try:
-                with self._peer.connect(self._part, node, scheduled=False) as link:  # its own: on the other one a scheduled block may be on its way
-                    link.send(Ask(block), timeout=self._peer.patience(0))
-                    found = self._receive(link, Step(node, block))
-            except WireError:
-                self._lost.add(node)
-                continue
-            if found:
-                self._report.begged += 1
-                return
-        self._image.fall_back([block])
-        self._report.fell_back += 1
-
-    def _link(self, node: int) -> Channel[Answer] | None:
-        if node not in self._links and node not in self._lost:
-            try:
-                self._links[node] = self._peer.connect(self._part, node, scheduled=True)
-            except WireError:
-                self._lost.add(node)
-        return self._links.get(node)
-
-    def _drop(self, node: int) -> None:
-        link = self._links.pop(node, None)
-        if link is not None:
-            self._lost.add(node)
-            link.close()
-
-
-class _LackingError(Exception):
-    """The peer has not got the block: `writing` is left with nothing landed."""

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from sllm_mini.types import ModelId, Span, SpanRecorder, Tier, Warmth
 
 if TYPE_CHECKING:
     from sllm_mini.inference import Engine, StreamedModel
+    from sllm_mini.inference.pieces import Piece
 
 
 class NodeError(SllmError):
@@ -149,10 +151,12 @@ class Instance:
             if self._running is not None:
                 return self._running[0]
             recorder = self._recorder
-            with recorder.span("tokenizer", warmth=Warmth.DRAM):
-                tokenizer = load_tokenizer(load.checkpoint)
-            loading: Any = load  # it has what stream_model asks for, most of it the attachment's own
-            streamed = stream_model(loading, recorder=recorder)
+            with ThreadPoolExecutor(1, "sllm-node-tokenizer") as beside:  # it is parsed without the interpreter's lock
+                reading = beside.submit(load_tokenizer, load.checkpoint)
+                loading: Any = load  # it has what stream_model asks for, most of it the attachment's own
+                streamed = stream_model(loading, recorder=recorder)
+                with recorder.span("tokenizer", warmth=Warmth.DRAM):
+                    tokenizer = reading.result()
             with recorder.span("engine", warmth=Warmth.READY):
                 engine = Engine(streamed.model, tokenizer, max_batch=max_batch, name=load.checkpoint.digest, recorder=recorder)
             self._arrived = threading.Event()
@@ -164,6 +168,14 @@ class Instance:
             self._follower = follower  # not before: one that never ran would hold what it was to follow, in a cycle
             self._running = engine, streamed
             return engine
+
+    def piece(self, start: int, stop: int) -> Piece:
+        """Layers `start` to `stop` − 1, once their bytes are there. Raises what `Piece` raises, the load's error, NodeError and LoadCancelled once
+        the instance was stopped."""
+        from sllm_mini.inference.pieces import Piece
+
+        load = self._held()
+        return Piece(load.checkpoint, load.tensors, start, stop, wait=load.wait_for)
 
     def ready(self, timeout: float | None = None) -> Engine:
         """Waits for the last byte and returns the engine. Raises the load's error, LoadCancelled if it was stopped before

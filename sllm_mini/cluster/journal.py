@@ -148,7 +148,7 @@ def read_journal(path: Path) -> list[Past]:
             continue
         for token in record.tokens:
             past = requests[token.request_id]
-            past.pieces.append(LedgerPiece(token.position, token.token_id, token.text, Epoch(token.epoch), record.at, token.logprob))
+            past.pieces.append(LedgerPiece(token.position, token.token_id, token.text, Epoch(token.epoch), record.at, token.logprob, token.top, token.vector))
             past.finish = token.finish
     return list(requests.values())
 
@@ -177,7 +177,7 @@ def _framed(record: _Record) -> bytes:
 def _retold(past: Past) -> Iterator[_Record]:
     yield past.opened
     for piece in past.pieces:
-        yield Taken(piece.arrived, [Token(past.opened.request_id, piece.epoch, piece.position, piece.token_id, piece.text, None, piece.logprob)])
+        yield Taken(piece.arrived, [Token(past.opened.request_id, piece.epoch, piece.position, piece.token_id, piece.text, None, piece.logprob, piece.top, piece.vector)])
 
 
 def _records(path: Path) -> Iterator[tuple[int, _Record]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import nan
 from typing import Literal, NamedTuple
@@ -56,6 +56,8 @@ class Tracked:
     cancelled: bool = False
     refused: bool = False
     """The controller has given it up, and is told no more of it."""
+    listeners: tuple[Callable[[], object], ...] = ()
+    """Called when it has ended."""
     ended: threading.Event = field(default_factory=threading.Event)
 
     def given(self, place: Place, decision: int, now: float) -> None:
@@ -76,7 +78,7 @@ class Tracked:
             outcome = "cancelled" if self.cancelled and finish == "cancelled" else "answered"
         ended = pieces[-1].arrived - opened if pieces and outcome == "answered" else now
         first = pieces[0].arrived - opened if pieces else nan
-        self.report = replace(self.report, output_tokens=len(pieces), first=first, ended=ended, outcome=outcome, reason=error or "")
+        self.report = replace(self.report, output_tokens=len(pieces), first=first, ended=ended, outcome=outcome, reason=error or "", finish=finish)
         self.ended.set()
 
 

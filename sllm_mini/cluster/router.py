@@ -9,111 +9,22 @@ likewise (OSDI'24); it polls its queue once a second and never tells a failure, 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from math import nan
 
-from sllm_mini.cluster.api import RequestReport
-from sllm_mini.cluster.journal import Journal, Past
-from sllm_mini.cluster.requests import ROUTER, Place, Rows, Tracked
+from sllm_mini.cluster.readers import Readers
+from sllm_mini.cluster.requests import ROUTER, Place, Tracked
 from sllm_mini.control import messages as m
-from sllm_mini.errors import ModelError
-from sllm_mini.inference.ownership import EpochRegister, OwnershipServer, TokenLedger
-from sllm_mini.inference.ownership.ledger import LedgerPiece
 from sllm_mini.inference.session import Session
 from sllm_mini.types import Epoch
 
 
-class Router:
-    """See the module. `open`, `cancel`, `report`, `wait` and `pieces` from any thread; all else from the thread that drives the controller.
+class Router(Readers):
+    """See the module. What is defined here is for the thread that drives the controller, what `Readers` names for any.
 
     `on_end(number)` is called once for each request when it is over for its reader, from any thread: whoever drives the controller
-    then asks `over(number)` for the event. Owns register, ledger and the server of both at `address`; not the journal.
+    then asks `over(number)` for the event. Beyond `max_waiting` requests that have never run none is taken. Owns register, ledger and
+    the server of both at `address`; not the journal.
     """
-
-    def __init__(self, address: str, *, now: Callable[[], float], opened: float, on_end: Callable[[int], object], journal: Journal | None = None) -> None:
-        self._now, self._opened, self._on_end, self._journal = now, opened, on_end, journal
-        self.register = EpochRegister()
-        self.ledger = TokenLedger(self.register, on_end=lambda request_id: on_end(self._numbers[request_id]), journal=journal)
-        self.rows = Rows()
-        self.count = 0
-        """Numbers given so far; all requests ever taken."""
-        self._lock = threading.Lock()
-        self._requests: dict[int, Tracked] = {}
-        self._numbers: dict[str, int] = {}
-        self._over: dict[int, float] = {}
-        """Requests that are over, with the time since when, oldest first."""
-        self._server = OwnershipServer(self.register, self.ledger, address)
-        self.address = self._server.address
-
-    # Of clients
-
-    def open(self, session: Session, model: str, prefix: str) -> m.RequestArrived:
-        """Takes a request; what the controller is to be told. Raises ValueError where one of its id is known."""
-        with self._lock:
-            if session.request_id in self._numbers:
-                raise ValueError(f"request {session.request_id!r} is known already; give each request an id of its own")
-            number, at = self.count, self._now()
-            self.count += 1
-            self._numbers[session.request_id] = number
-            self._requests[number] = Tracked(number, RequestReport(session.request_id, model, at, input_tokens=session.prompt_length), prefix)
-        if self._journal is not None:
-            self._journal.opened(number, session.request_id, model, prefix, at, session.to_bytes())
-        self.ledger.open(session)
-        return m.RequestArrived(number, model, session.prompt_length, prefix)
-
-    def reopen(self, past: Past) -> None:
-        """A request as a journal has it; it waits, or is over."""
-        opened = past.opened
-        session = Session.from_bytes(opened.session)
-        pieces = [replace(piece, arrived=piece.arrived + self._opened) for piece in past.pieces]
-        request = Tracked(opened.number, RequestReport(opened.request_id, opened.model, opened.at, input_tokens=session.prompt_length), opened.prefix)
-        self._numbers[opened.request_id], self._requests[opened.number] = opened.number, request
-        self.count = max(self.count, opened.number + 1)
-        self.ledger.reopen(session, pieces, past.finish, past.error)
-        if past.over:
-            request.cancelled, request.refused = past.finish == "cancelled", past.error is not None
-            self._close_row(request)
-
-    def cancel(self, request_id: str) -> None:
-        """Ends it for its reader as far as it came; nothing where it is over."""
-        request = self._of(request_id)
-        if request is not None and not request.ended.is_set():
-            request.cancelled = True
-            self._end(request_id, None)
-
-    def report(self, request_id: str) -> RequestReport:
-        """Raises ModelError for a request that is unknown or forgotten."""
-        request = self._known(request_id)
-        report = request.report
-        if not request.ended.is_set():
-            pieces = self.pieces(request_id)
-            report = replace(report, output_tokens=len(pieces), first=pieces[0].arrived - self._opened if pieces else nan)
-        return report
-
-    def wait(self, request_id: str, timeout: float | None) -> RequestReport:
-        """Its report once it is over. Raises TimeoutError, and ModelError as `report`."""
-        request = self._known(request_id)
-        if not request.ended.wait(timeout):
-            raise TimeoutError(f"request {request_id!r} had not ended after {timeout} seconds; its owner is {self.register.owner(request_id).owner}")
-        return request.report
-
-    def pieces(self, request_id: str) -> Sequence[LedgerPiece]:
-        try:
-            return self.ledger.pieces(request_id)
-        except ModelError:
-            return ()  # forgotten in this moment
-
-    def _of(self, request_id: str) -> Tracked | None:
-        with self._lock:
-            return self._requests.get(self._numbers.get(request_id, -1))
-
-    def _known(self, request_id: str) -> Tracked:
-        request = self._of(request_id)
-        if request is None:
-            raise ModelError(f"request {request_id!r} is not known; it was never taken, or is over and forgotten")
-        return request
 
     # Of the controller's actions
 
@@ -121,6 +32,8 @@ class Router:
         """The state from which the instance's worker goes on, and the epoch in which it speaks. None: it is over, which the controller will be told with this decision;
         or the owner is gone, and its loss will be told."""
         request = self._requests[number]
+        if request.report.assigned != request.report.assigned and not request.ended.is_set():
+            self._assigned(self._now() - request.report.arrived)
         request.given(place, decision, self._now())
         name, blamed, request.blamed = request.report.request_id, request.blamed, False
         begun = self.ledger.restart(name, place.owner, self.register.owner(name).epoch, blame=blamed)
@@ -209,79 +122,7 @@ class Router:
                 events.append(m.RequestProgressed(request.number, self.tokens(request.number), request.decision))
         return events
 
-    def tokens(self, number: int) -> int:
-        """How many its reader has been shown."""
-        return len(self.pieces(self._requests[number].report.request_id))
-
-    def number_of(self, request_id: str) -> int | None:
-        """None for one that is forgotten."""
-        return self._numbers.get(request_id)
-
-    def id_of(self, number: int) -> str:
-        return self._requests[number].report.request_id
-
-    def is_open(self, number: int) -> bool:
-        """Whether it is known here and not over."""
-        request = self._requests.get(number)
-        return request is not None and not self._is_over(request)
-
-    def waiting(self) -> Iterator[m.RequestArrived]:
-        """All that are not over, as they came."""
-        for request in list(self._requests.values()):
-            if not self._is_over(request):
-                yield m.RequestArrived(request.number, request.report.model, request.report.input_tokens, request.prefix)
-
-    def waiting_since(self) -> Iterator[float]:
-        """When each that is not over came."""
-        return (each.report.arrived for each in list(self._requests.values()) if not each.ended.is_set())
-
-    def reason(self, request_id: str) -> str | None:
-        """Why it failed or was refused; None where it did not, or is forgotten."""
-        try:
-            return self.ledger.error(request_id)
-        except ModelError:
-            return None
-
-    def forget(self, before: float) -> None:
-        """What has been over since before that time. A stream that still reads it ends with ModelError."""
-        while self._over:
-            number, at = next(iter(self._over.items()))
-            if at > before:
-                return
-            name = self._requests[number].report.request_id
-            with self._lock:
-                del self._over[number], self._requests[number]
-            self.ledger.close(name)
-            with self._lock:
-                del self._numbers[name]
-
-    def fail_all(self, reason: str) -> None:
-        """What goes on fails, for that reason."""
-        for request in list(self._requests.values()):
-            if not request.ended.is_set():
-                request.refused = True
-                self._end(request.report.request_id, reason)
-                self._close_row(request)
-
-    def close(self, reason: str) -> None:
-        """Likewise; and nobody is answered any more."""
-        self.fail_all(reason)
-        self._server.close()
-
     # Parts
-
-    def _end(self, request_id: str, reason: str | None) -> None:
-        try:
-            if reason is None:
-                self.ledger.end(request_id)
-            else:
-                self.ledger.fail(request_id, reason)
-        except ModelError:
-            return  # over and forgotten meanwhile
-
-    def _is_over(self, request: Tracked) -> bool:
-        name = request.report.request_id
-        return request.ended.is_set() or self.ledger.finish(name) is not None or self.ledger.error(name) is not None
 
     def _reclaim(self, request: Tracked) -> tuple[str, Epoch]:
         """For the router, whoever has it."""
@@ -297,11 +138,3 @@ class Router:
         request.epoch = self.register.owner(request.report.request_id).epoch
         request.report = replace(request.report, migrations=request.report.migrations + 1)
         return m.MigrationFinished(request.number, seconds, self.tokens(request.number), request.decision)
-
-    def _close_row(self, request: Tracked) -> None:
-        if request.ended.is_set():
-            return
-        name, now = request.report.request_id, self._now()
-        request.close(self.pieces(name), self.ledger.finish(name), self.ledger.error(name), self._opened, now)
-        self.rows.add(request)
-        self._over[request.number] = now

@@ -41,10 +41,7 @@ def become(entry: Entry, request: Fork, fds: tuple[int, ...], owned: list[int], 
             for fd in owned:
                 os.dup2(null.fileno(), fd, inheritable=False)
         os.setpgid(0, 0)
-        if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-            raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG")
-        if os.getppid() != zygote:  # it ended before the line above
-            os._exit(128 + signal.SIGKILL)
+        end_with(zygote)
         os.environb.clear()
         os.environb.update(request.environment)
         os.chdir(request.folder)
@@ -65,6 +62,14 @@ def become(entry: Entry, request: Fork, fds: tuple[int, ...], owned: list[int], 
             flush_standard()
         finally:
             os._exit(status)
+
+
+def end_with(parent: int) -> None:
+    """This process is killed when the thread of `parent` that started it ends. Raises OSError."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG")
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(128 + signal.SIGKILL)
 
 
 def _reseed() -> None:

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from sllm_mini.cluster.zygote_child import Entry, become
 from sllm_mini.cluster.zygote_messages import Begin, Exited, Failed, Fork, Forked, Ready, Signal
 from sllm_mini.errors import SllmError, WireError
-from sllm_mini.wire import Channel, Listener, Message, Received, WireTimeout, listen
+from sllm_mini.wire import Channel, ChannelClosed, Listener, Message, Received, WireTimeout, listen
 
 _CUDA_FILE = "/dev/nvidia-uvm"
 """What a process has open once it has initialised CUDA; asking NVML about a GPU does not open it."""
@@ -50,8 +50,11 @@ def main() -> NoReturn:
     with open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
     owner: Channel[Begin] = Channel(socket.socket(fileno=owner_fd), Begin, name="owner of the zygote")
-    with owner.receive() as received:
-        begin = received.message
+    try:
+        with owner.receive() as received:
+            begin = received.message
+    except ChannelClosed:  # it was killed before it had said anything
+        os._exit(0)
     started = time.monotonic()
     try:
         entries = _import(begin)
@@ -59,15 +62,17 @@ def main() -> NoReturn:
             raise SllmError(reason)
         listener = listen(begin.path)
     except BaseException as error:
-        owner.send(Failed(str(error)[:8000] or type(error).__name__))
+        with suppress(ChannelClosed):
+            owner.send(Failed(str(error)[:8000] or type(error).__name__))
         raise
     ready = Ready(time.monotonic() - started)
     gc.collect()
     gc.freeze()
     zygote = _Zygote(entries, listener, owner_fd)
-    owner.send(ready)
     try:
-        zygote.serve()
+        with suppress(ChannelClosed):  # it was killed during the imports
+            owner.send(ready)
+            zygote.serve()
     finally:
         zygote.close()
         if begin.own_folder:

@@ -72,11 +72,14 @@ class Cluster(Inventory):
         self._changed[instance.node] = node
         return taken >= devices and given >= nbytes
 
-    def reached(self, instance: InstanceState) -> None:
-        """It is as warm as its target. It holds what that needs, and is open where that is READY."""
+    def reached(self, instance: InstanceState, whole: bool = True) -> None:
+        """It is as warm as its target, its weights all there or (not `whole`) still on their way. It holds what that needs, and
+        is open where that is READY."""
         node = self.nodes[instance.node]
         node.climbing -= 1
-        if instance.links:
+        instance.climbed_from = instance.warmth
+        instance.loading = not whole
+        if whole and instance.links:
             self._loaded(instance)
         self.prewarming.pop(instance.id, None)
         instance.warmth = instance.target
@@ -95,6 +98,11 @@ class Cluster(Inventory):
         node.loading[instance.id] = None
         instance.links += (node.spec.name,)
         self.set_loads_until(node, until)
+
+    def whole(self, instance: InstanceState) -> None:
+        """The last byte of one that was reached before."""
+        instance.loading = False
+        self._loaded(instance)
 
     def _loaded(self, instance: InstanceState) -> None:
         """They have come, or will not: a link over which nothing comes any more is free."""
@@ -147,10 +155,11 @@ class Cluster(Inventory):
             self.wake(instance)
         node = self.nodes[instance.node]
         model = None if instance.model is None else self.models[instance.model]
+        instance.loading = False
+        if instance.links:
+            self._loaded(instance)
         if instance.climbing:
             node.climbing -= 1
-            if instance.links:
-                self._loaded(instance)
             self.prewarming.pop(instance.id, None)
             if model is not None:
                 model.starting.pop(instance.id, None)

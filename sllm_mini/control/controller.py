@@ -33,7 +33,7 @@ from sllm_mini.control.controller_timers import Timers, Wake
 from sllm_mini.control.controller_warmth import Warming
 from sllm_mini.control.estimate import Estimator
 from sllm_mini.control.policy import Autoscaler, KeepAlive, Placement
-from sllm_mini.control.state import ModelState, Phase
+from sllm_mini.control.state import InstanceState, ModelState, Phase
 from sllm_mini.types import Warmth
 
 
@@ -128,10 +128,11 @@ class Controller:
         self.warming.freed = True
 
     def _node_lost(self, event: m.NodeLost, now: float) -> None:
-        node = self.cluster.nodes.get(event.node)
-        if node is not None:
-            self.plans.lose(list(node.instances.values()), now)
-            self.cluster.remove_node(event.node)
+        lost = [self.cluster.nodes[name] for name in dict.fromkeys((event.node, *event.also)) if name in self.cluster.nodes]
+        if lost:
+            self.plans.lose([instance for node in lost for instance in node.instances.values()], now)
+            for node in lost:
+                self.cluster.remove_node(node.spec.name)
             self.scaling.node_lost()
 
     def _model_deployed(self, event: m.ModelDeployed, now: float) -> None:
@@ -153,6 +154,23 @@ class Controller:
             if event.model in self.cluster.models:
                 self.warming.forget(model)
 
+    def _prewarm_asked(self, event: m.PrewarmAsked, now: float) -> None:
+        model = self.cluster.models.get(event.model)
+        if model is None or model.deleted or any(each.target >= event.warmth for each in model.instances.values()):
+            return
+        if not self.warming.count_warm(model, event.warmth, 1):
+            self.scaling.prewarm(model, event.warmth, 1, now, give_way=True)
+
+    def _unload_asked(self, event: m.UnloadAsked, now: float) -> None:
+        model = self.cluster.models.get(event.model)
+        if model is not None:
+            self.warming.unload(model, now)
+
+    def _keep_alive_asked(self, event: m.KeepAliveAsked, now: float) -> None:
+        model = self.cluster.models.get(event.model)
+        if model is not None and not model.deleted:
+            self.warming.keep_for(model, event.seconds, now)
+
     def _cached(self, event: m.Cached, now: float) -> None:
         if event.node in self.cluster.nodes:
             self.cluster.cached(event.node, event.model, event.tier)
@@ -168,27 +186,40 @@ class Controller:
         instance = cluster.instances.get(event.instance)
         if instance is None or instance.epoch != event.epoch or not instance.climbing or instance.id in self.plans.pending:
             return
-        node, model = cluster.nodes[instance.node], cluster.models.get(instance.spec.name)
-        if model is not None and instance.target == Warmth.READY:
-            model.failed_starts = 0
-            if self.estimator is not None:
-                self.estimator.observe_start(
-                    node, instance.spec, instance.warmth, event.tier, event.seconds, event.queued_seconds, instance.predicted_seconds, instance.parts,
-                    event.load_seconds,
-                )
+        if event.whole and instance.target == Warmth.READY:
+            self._started(instance, event, instance.warmth)
         instance.reached_from = event.tier
-        cluster.reached(instance)
+        cluster.reached(instance, event.whole)
         self.plans.migrate_to(instance, now)
         self.plans.settle(instance, now)
         self.warming.freed = True
+
+    def _instance_loaded(self, event: m.InstanceLoaded, now: float) -> None:
+        instance = self.cluster.instances.get(event.instance)
+        if instance is not None and instance.epoch == event.epoch and instance.loading:
+            self._started(instance, event, instance.climbed_from)
+            instance.reached_from = event.tier
+            self.cluster.whole(instance)
+
+    def _started(self, instance: InstanceState, event: m.InstanceReached | m.InstanceLoaded, warmth: Warmth) -> None:
+        """A start from `warmth` is over with every byte: that is what one learns from."""
+        model = self.cluster.models.get(instance.spec.name)
+        if model is None:
+            return
+        model.failed_starts = 0
+        if self.estimator is not None:
+            self.estimator.observe_start(
+                self.cluster.nodes[instance.node], instance.spec, warmth, event.tier, event.seconds, event.queued_seconds, instance.predicted_seconds,
+                instance.parts, event.load_seconds,
+            )  # fmt: skip
 
     def _instance_failed(self, event: m.InstanceFailed, now: float) -> None:
         instance = self.cluster.instances.get(event.instance)
         if instance is None or instance.epoch != event.epoch:
             return
         model = self.cluster.models.get(instance.spec.name)
-        starting = instance.target == Warmth.READY and instance.climbing and instance.id not in self.plans.pending
-        for request in list(instance.requests.values()):
+        starting = instance.target == Warmth.READY and (instance.climbing or instance.loading) and instance.id not in self.plans.pending
+        for request in [] if instance.loading else list(instance.requests.values()):  # weights that do not come are no request's fault
             self.requests.blame(request, now, f"its instance failed ({event.reason})", settle=False)
         self.plans.lose([instance], now)
         if starting and model is not None and model.spec.name in self.cluster.models:

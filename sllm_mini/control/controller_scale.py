@@ -35,9 +35,9 @@ class Scaling:
         self._max_failed_moves, self._refuse_all = max_failed_moves, refuse_all
         self._harmless = placement if isinstance(placement, Harmless) else None
 
-    def prewarm(self, model: ModelState, warmth: Warmth, count: int, now: float) -> None:
-        """Where a placement would start it, were memory all that it needs below DEVICE; nothing gives way for a guess. One whose
-        starts fail is not started ahead of them."""
+    def prewarm(self, model: ModelState, warmth: Warmth, count: int, now: float, *, give_way: bool = False) -> None:
+        """Where a placement would start it, were memory all that it needs below DEVICE; nothing gives way for a guess, and idle ones
+        for what was asked for. One whose starts fail is not started ahead of them."""
         asked, spec = model, model.spec
         if model.held_back:
             return
@@ -49,7 +49,7 @@ class Scaling:
             if warmth == Warmth.READY and model.ready + len(model.starting) >= spec.max_instances:
                 return
             plan = self._choose_node(asked, now, False)
-            if plan is None or plan.give_way:
+            if plan is None or (plan.give_way and not give_way):
                 return
             reuse = None if plan.reuse is None else self._cluster.instances.get(plan.reuse)
             if reuse is not None and reuse.warmth >= warmth:  # it is idle and there already; another is wanted beside it

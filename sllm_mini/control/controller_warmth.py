@@ -48,6 +48,8 @@ class Warming:
         instance.then = then if then < instance.warmth else Warmth(instance.warmth - 1)
         if instance.model is not None:
             model = cluster.models[instance.model]
+            if model.keep_alive is not None:
+                seconds, instance.then = (None if model.keep_alive < 0 else model.keep_alive), _COLD
             if model.deleted:
                 seconds, instance.then = 0.0, _COLD
             elif model.ready <= model.spec.min_instances and self._is_needed(instance):
@@ -127,6 +129,21 @@ class Warming:
                 self._cluster.wake(instance)
                 self.rest(instance, now)
 
+    def unload(self, model: ModelState, now: float) -> None:
+        """Its idle instances end, coldest first, but for those that it is to have in any case."""
+        for instance in sorted((each for each in model.instances.values() if each.idle_since is not None), key=lambda each: (each.warmth, each.id)):
+            if not self._is_needed(instance):
+                self.descend(instance, _COLD, now)
+
+    def keep_for(self, model: ModelState, seconds: float | None, now: float) -> None:
+        """As a client asks: also those that are idle already, counted from now."""
+        if model.keep_alive == seconds:
+            return
+        model.keep_alive = seconds
+        for instance in [each for each in model.instances.values() if each.idle_since is not None]:
+            self._cluster.wake(instance)
+            self.rest(instance, now)
+
     def arrived(self, model: ModelState, warmth: Warmth, now: float) -> None:
         for prewarm in self._keep_alive.on_arrival(model, self._cluster, now, warmth):
             self.plan(prewarm)
@@ -150,11 +167,11 @@ class Warming:
         model = self._cluster.models.get(key[0])
         if at > now:
             self.prewarms[key] = self._timers.set(Wake.PREWARM, key[0], at, key[1]), at, count
-        elif model is not None and not model.deleted and (missing := count - self._count_warm(model, key[1], count)) > 0:
+        elif model is not None and not model.deleted and (missing := count - self.count_warm(model, key[1], count)) > 0:
             return model, missing
         return None
 
-    def _count_warm(self, model: ModelState, warmth: Warmth, enough: int) -> int:
+    def count_warm(self, model: ModelState, warmth: Warmth, enough: int) -> int:
         """Idle ones, and those that climb there for nobody yet; of more than `enough` no more are counted."""
         cluster, runtime = self._cluster, model.spec.runtime
         warm: Iterable[InstanceState]

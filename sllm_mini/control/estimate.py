@@ -49,9 +49,11 @@ class Learned:
 
 @dataclass(slots=True)
 class Estimator(Saveable):
-    """One cluster's figures. `weight` of a new observation: 1 keeps only the last one."""
+    """One cluster's figures. `weight` of a new observation: 1 keeps only the last one. Without `learning` what was restored
+    stays as it is, and only the errors of its predictions are kept."""
 
     weight: float = 0.3
+    learning: bool = True
     _bandwidth: dict[tuple[str, Tier], Learned] = field(default_factory=dict, init=False)
     _decode: dict[str, Learned] = field(default_factory=dict, init=False)
     _base: dict[tuple[str, Warmth], Learned] = field(default_factory=dict, init=False)
@@ -145,7 +147,8 @@ class Estimator(Saveable):
 
     def observe_migration(self, request: RequestState, output_tokens: int, seconds: float, predicted: float) -> None:
         """Moving a request with so many tokens took `seconds`."""
-        self._migration.learn(request.input_tokens + output_tokens, seconds)
+        if self.learning:
+            self._migration.learn(request.input_tokens + output_tokens, seconds)
         self._errors.note(Subject("migration", request.model), predicted, seconds)
 
     def on_delete(self, model: ModelState) -> None:
@@ -162,6 +165,8 @@ class Estimator(Saveable):
         return self._errors.by(*(by or ("what", "rung", "tier")))
 
     def _learn(self, table: dict[Any, Learned], key: object, observed: float, guess: float) -> None:
+        if not self.learning:
+            return
         learned = table.get(key)
         if learned is None:
             learned = table[key] = Learned(guess)

@@ -2,8 +2,8 @@
 
 Neither carries a time: `Controller.handle(event, now)` is told it. A request and an instance each have an epoch that grows
 with every decision about them; an event that carries an older one comes from before that decision and is ignored. What a
-driver does: carry out actions on one node in order, answer each `Start` with `InstanceReached` or `InstanceFailed`, each
-`Assign` with `RequestFinished` or `RequestFailed`, each `Migrate` with `MigrationFinished` or `MigrationFailed`, and each
+driver does: carry out actions on one node in order, answer each `Start` with `InstanceReached` (and, where that was not `whole`,
+`InstanceLoaded` after it) or `InstanceFailed`, each `Assign` with `RequestFinished` or `RequestFailed`, each `Migrate` with `MigrationFinished` or `MigrationFailed`, and each
 `SetTimer` with `TimerFired`. `Descend` and `Preempt` are not answered: they hold from the moment they are given.
 Pure. Costs 0.2 us a message. Taught in chapter 08.
 """
@@ -111,9 +111,10 @@ class NodeJoined(Event, frozen=True):
 
 
 class NodeLost(Event, frozen=True, gc=False):
-    """All that was on it is gone; its requests go back to the queue."""
+    """All that was on it is gone; its requests go back to the queue. Those of `also` went with it: nothing is decided as if they were there."""
 
     node: str
+    also: tuple[str, ...] = ()
 
 
 class ModelDeployed(Event, frozen=True):
@@ -126,6 +127,28 @@ class ModelDeleted(Event, frozen=True, gc=False):
     """It takes no more requests; those it has are finished."""
 
     model: str
+
+
+class PrewarmAsked(Event, frozen=True, gc=False):
+    """Somebody wants an instance of the model as warm as `warmth` now, though no request has come; below DRAM one without a model will
+    do. Where there is none, idle ones of others give way for it; where there is no room even so, nothing is started."""
+
+    model: str
+    warmth: Warmth
+
+
+class UnloadAsked(Event, frozen=True, gc=False):
+    """Its idle instances are to end now, but for those that its `min_instances` keep."""
+
+    model: str
+
+
+class KeepAliveAsked(Event, frozen=True, gc=False):
+    """From now on its idle instances stay for so long and end then, whatever the keep-alive policy says, but for those that its
+    `min_instances` keep. Below 0: for good; None: as the policy says again."""
+
+    model: str
+    seconds: float | None
 
 
 class RequestArrived(Event, frozen=True, gc=False):
@@ -169,7 +192,20 @@ class RequestCancelled(Event, frozen=True, gc=False):
 
 class InstanceReached(Event, frozen=True, gc=False):
     """A start has climbed to its target. `seconds` it took, of which `queued_seconds` waiting for the node's loads before
-    it, and `load_seconds`, where known, moving the weights; `tier` is where they were read from."""
+    it, and `load_seconds`, where known, moving the weights; `tier` is where they were read from. Not `whole`: it takes requests while
+    its last bytes are still on their way, and teaches nothing before they are there."""
+
+    instance: int
+    tier: Tier
+    seconds: float
+    queued_seconds: float
+    epoch: int
+    load_seconds: float | None = None
+    whole: bool = True
+
+
+class InstanceLoaded(Event, frozen=True, gc=False):
+    """The last byte of an instance that was reached before it was whole; what such a start took, as in `InstanceReached`."""
 
     instance: int
     tier: Tier
@@ -224,8 +260,8 @@ class TimerFired(Event, frozen=True, gc=False):
 
 
 AnyEvent = (
-    NodeJoined | NodeLost | ModelDeployed | ModelDeleted | RequestArrived | RequestProgressed | RequestFinished | RequestFailed
-    | RequestCancelled | InstanceReached | InstanceFailed | MigrationFinished | MigrationFailed | Cached | Evicted | TimerFired
+    NodeJoined | NodeLost | ModelDeployed | ModelDeleted | PrewarmAsked | UnloadAsked | KeepAliveAsked | RequestArrived | RequestProgressed | RequestFinished | RequestFailed
+    | RequestCancelled | InstanceReached | InstanceLoaded | InstanceFailed | MigrationFinished | MigrationFailed | Cached | Evicted | TimerFired
 )  # fmt: skip
 
 

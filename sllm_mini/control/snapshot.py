@@ -55,7 +55,7 @@ def restored(
         row = dict(row)
         for name in ("requests", "incoming"):
             row[name] = {id: requests[id] for id in row[name]}
-        for name in ("warmth", "target", "then"):
+        for name in ("warmth", "target", "then", "climbed_from"):
             row[name] = Warmth(row[name])
         tier = row["reached_from"]
         row |= {"spec": convert(row["spec"], ModelSpec), "devices": tuple(row["devices"]), "links": tuple(row["links"]), "reached_from": None if tier is None else Tier(tier)}

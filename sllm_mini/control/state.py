@@ -95,6 +95,10 @@ class InstanceState:
     rested: float | None = None
     """When it became idle, also while a plan that may be given up keeps it; None since it was used again."""
     reached_from: Tier | None = None
+    climbed_from: Warmth = Warmth.COLD
+    """How warm it was before its last start."""
+    loading: bool = False
+    """It is READY, and its last bytes are still on their way."""
 
     @property
     def climbing(self) -> bool:
@@ -167,6 +171,8 @@ class ModelState:
     """Its autoscaler's timer."""
     patience: int | None = None
     """The timer of the request that waits longest, where the autoscaler lets none wait for ever."""
+    keep_alive: float | None = None
+    """Seconds that its idle instances stay, asked for by a client (below 0: for good); None: as the policy says."""
     last_arrival: float | None = None
     arrivals: int = 0
     """While `KeepAlive.on_arrival` is told of an arrival, these two are still without it."""

@@ -145,13 +145,15 @@ class Engine(Movable):
         stop_at_eos: bool = True,
         request_id: str | None = None,
         on_piece: OnPiece | None = None,
+        logprobs: int | None = None,
+        embed: bool = False,
     ) -> Generation:
         """Starts a request: an iterator that gives each token as soon as it is known.
 
         The prompt is checked here and joins the batch at the next step, which is the first `next` unless somebody else
         steps. Ends with the model's end-of-text token (given as the last piece), before a `stop` string, or after
         `max_new_tokens`. Of the model's generation settings only its end and beginning tokens count. `on_piece` gets
-        every piece on the thread that steps; what it raises ends the request. Raises ModelError for a prompt the model
+        every piece on the thread that steps; what it raises ends the request. `logprobs` and `embed`: see `Session`. Raises ModelError for a prompt the model
         cannot take, ValueError for a bad limit, sampling that is no SamplingOptions, an empty stop string or a `request_id`
         that is taken or too long: none of them reaches the batch.
         """
@@ -160,7 +162,7 @@ class Engine(Movable):
         if not isinstance(stop, str | Sequence):
             raise ValueError(f"stop is {stop!r:.60}; it must be a text or several, or be left out")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        problem = request_problem(request_id, max_new_tokens, sampling, stops, stop_at_eos)
+        problem = request_problem(request_id, max_new_tokens, sampling, stops, stop_at_eos, logprobs, embed)
         if problem:
             raise ValueError(problem)
         if stops and self._decoder is None:
@@ -176,8 +178,10 @@ class Engine(Movable):
             sampling=sampling,
             stop=stops,
             stop_at_eos=stop_at_eos,
+            logprobs=logprobs,
+            embed=embed,
         )
-        text = None if self._decoder is None else TextStream(self._decoder, prompt_ids, stops)
+        text = None if self._decoder is None or embed else TextStream(self._decoder, prompt_ids, stops)
         request = Request(session, self.runner.eos_ids if stop_at_eos else frozenset(), text, on_piece, requested)
         request.tokenize_seconds = time.perf_counter() - requested
         self.enqueue(request)

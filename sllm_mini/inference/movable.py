@@ -277,6 +277,8 @@ class Movable(Scheduler):
     def _text_of(self, session: Session, known: tuple[Session, TextStream | None] | None) -> TextStream | None:
         """The text of a session, from its tokens; checked against what its reader was given. `known` is that of an earlier
         state of the request, which is then carried on."""
+        if session.embed:
+            return None
         if self._decoder is None:
             if session.stop or session.emitted_text_nchars or session.held_text:
                 raise ModelError(f"request {session.request_id!r} has text and this engine has no tokenizer; load the model with its tokenizer")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from sllm_mini.inference.sampler import SamplingOptions, choose_tokens, penalise, seen_tokens
+from sllm_mini.inference.sampler import SamplingOptions, choose_tokens, likeliest, penalise, seen_tokens
 from sllm_mini.inference.session import Session, Timings
 from sllm_mini.inference.stopping import TextStream
 
@@ -26,12 +26,16 @@ Finish = Literal["eos", "length", "stop", "cancelled", "moved"]
 @dataclass(frozen=True, slots=True)
 class Piece:
     """One new token. `text` is what it lets out ("" inside a character, while a stop string may still come, or without a
-    tokenizer), `seconds` the time since the request, `position` its place in the sequence, prompt included."""
+    tokenizer), `seconds` the time since the request, `position` its place in the sequence, prompt included. Where the request asks for it: the
+    `logprob` of the token and `top`, the likeliest ones (see `likeliest`), or the prompt's embedding (see `embedding`)."""
 
     token_id: int
     text: str
     seconds: float
     position: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    vector: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,8 @@ class Request:
         self.token_ids = list(session.token_ids)
         self.prompt_length, self.end = session.prompt_length, session.prompt_length + session.max_new_tokens
         self.sampling, self.stop, self.stop_at_eos = session.sampling, session.stop, session.stop_at_eos
-        self.stop_ids = stop_ids
+        self.logprobs, self.embed = session.logprobs, session.embed
+        self.stop_ids = frozenset[int]() if session.embed else stop_ids
         self.text = text
         self.on_piece = on_piece
         self.requested = requested
@@ -65,6 +70,9 @@ class Request:
         self.late = False
         """Its row lacks more than the last token's keys and values: its next step computes them all in one pass."""
         self.seen: torch.Tensor | None = None
+        self.logits: torch.Tensor | None = None
+        """Those of the next token until that is taken, where `logprobs` needs them."""
+        self.vector: bytes | None = None
         self.pieces: deque[Piece] = deque()
         self.finish: Finish | None = None
         self.error: BaseException | None = None
@@ -95,6 +103,8 @@ class Request:
             held_text=self.text.held if self.text else "",
             timings=self.timings,
             elapsed_seconds=time.perf_counter() - self.requested,
+            logprobs=self.logprobs,
+            embed=self.embed,
         )
 
     def take(self, token_id: int) -> Piece:
@@ -112,7 +122,10 @@ class Request:
         seconds = time.perf_counter() - self.requested
         if position == self.prompt_length:
             self.first_token_seconds = seconds
-        return Piece(token_id, text, seconds, position)
+        if self.logprobs is None or self.logits is None:
+            return Piece(token_id, text, seconds, position, vector=self.vector)
+        logits, self.logits = self.logits, None
+        return Piece(token_id, text, seconds, position, *likeliest(logits, token_id, self.logprobs))
 
 
 def next_tokens(requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
@@ -130,6 +143,13 @@ def next_tokens(requests: Sequence[Request], logits: torch.Tensor) -> torch.Tens
             rows.append(row.float())
         logits = torch.stack(rows)
     return choose_tokens(logits, [request.sampling for request in requests], [len(request.token_ids) for request in requests])
+
+
+def embedding(states: torch.Tensor) -> bytes:
+    """Of a text whose last hidden states, after the final norm, are `states` `[tokens, width]`: their mean, of length 1, as little-endian
+    float32. Waits for a GPU."""
+    mean = states.float().mean(0)
+    return bytes((mean / mean.norm().clamp_min(1e-12)).cpu().numpy().astype("<f4").tobytes())
 
 
 class Driver(Protocol):

@@ -9,8 +9,8 @@ decode as one batch where a trial has shown that each then computes what it woul
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -198,6 +198,20 @@ class Runner:
         for filled, length in enumerate(lengths, row):
             cache.end_pass(filled, 1, length)
         return logits
+
+    @contextmanager
+    def keeping_states(self) -> Iterator[list[torch.Tensor]]:
+        """Around passes: the last hidden states of each, after the model's final norm, `[rows, tokens, width]`. Raises ModelError for a model
+        that has none apart from its head."""
+        body = self.model.get_decoder()
+        if body is None or body is self.model:
+            raise self._refuse("it tells no hidden states apart from its head, so it has no embeddings")
+        states: list[torch.Tensor] = []
+        hook = body.register_forward_hook(lambda _module, _args, output: states.append(output[0]))
+        try:
+            yield states
+        finally:
+            hook.remove()
 
     def _attending(self, positions: torch.Tensor, longest: int) -> AbstractContextManager[None]:
         """Around a pass of one token per row at these `positions` `[rows, 1]`."""

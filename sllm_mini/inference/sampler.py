@@ -135,6 +135,24 @@ def choose_token(logits: torch.Tensor, options: SamplingOptions, position: int) 
     return torch.searchsorted(cumulative, target, right=True).squeeze(0)
 
 
+def likeliest(logits: torch.Tensor, token_id: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """The natural logarithm of a token's probability in the softmax of `logits` `[vocabulary]`, float32 and before any penalty, temperature or
+    filter; and those of the `count` likeliest tokens, (id, logarithm), likeliest first, of equals the lowest id, as the greedy choice has it.
+    Costs a few passes over the vocabulary, and waits for a GPU. Thread-safe."""
+    import torch
+
+    scores = logits.float()
+    logarithms = scores.log_softmax(-1)
+    top: tuple[tuple[int, float], ...] = ()
+    if count:
+        # The logits are compared, which a softmax may round to equals, and all that tie with the last: topk has no order among those.
+        among = (scores >= scores.topk(min(count, len(scores))).values[-1]).nonzero()[:, 0]
+        ids = among[scores[among].sort(descending=True, stable=True).indices[:count]]
+        both = torch.stack([ids.double(), logarithms[ids].double()]).tolist()
+        top = tuple((int(each), logarithm) for each, logarithm in zip(*both, strict=True))
+    return float(logarithms[token_id]), top
+
+
 def choose_tokens(logits: torch.Tensor, options: Sequence[SamplingOptions], positions: Sequence[int]) -> torch.Tensor:
     """`choose_token` for each row of `[rows, vocabulary]`, each by its own options: int64 `[rows]`. Thread-safe."""
     import torch

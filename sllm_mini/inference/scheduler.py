@@ -11,11 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from sllm_mini.errors import ModelError
-from sllm_mini.inference.requests import Finish, Piece, Request, next_tokens
+from sllm_mini.inference.requests import Finish, Piece, Request, embedding, next_tokens
 from sllm_mini.inference.rows import Rows, row_of
 from sllm_mini.inference.runner import Runner
 from sllm_mini.inference.turns import Turns
@@ -38,7 +39,7 @@ class Scheduler:
     def __init__(self, model: Any, max_batch: int) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
-        self.runner = Runner(model)
+        self.runner = model if isinstance(model, Runner) else Runner(model)
         self.max_batch = max_batch
         self._turns = Turns()
         self._requests: dict[str, Request] = {}
@@ -167,10 +168,16 @@ class Scheduler:
                 self._rows.add(request)
                 self._rows.join(request)
             row = row_of(requests[0])
-            if len(requests) > 1:
-                logits = self.runner.prefill(self.kv, row, [request.token_ids for request in requests])
-            else:
-                logits = self.runner.extend(self.kv, row, torch.tensor([requests[0].token_ids], device=self.runner.device))
+            embeds = any(request.embed for request in requests)
+            keeping: AbstractContextManager[list[torch.Tensor]] = self.runner.keeping_states() if embeds else nullcontext([])
+            with keeping as states:
+                if len(requests) > 1:
+                    logits = self.runner.prefill(self.kv, row, [request.token_ids for request in requests])
+                else:
+                    logits = self.runner.extend(self.kv, row, torch.tensor([requests[0].token_ids], device=self.runner.device))
+            if embeds:
+                for request, own in zip(requests, torch.cat(states, 1)[0].split([len(request.token_ids) for request in requests]), strict=True):
+                    request.vector = embedding(own) if request.embed else None
             chosen = self._choose(requests, logits)
             token_ids = chosen.tolist()  # the one wait for the device
             if len(requests) > 1 and max(token_ids) >= self._noutputs:  # what is not finite in one may have spoilt the others
@@ -273,6 +280,8 @@ class Scheduler:
 
     def _choose(self, requests: list[Request], logits: torch.Tensor) -> torch.Tensor:
         self._noutputs = logits.shape[-1]
+        for request, row in zip(requests, logits, strict=True) if any(request.logprobs is not None for request in requests) else ():
+            request.logits = row if request.logprobs is not None else None
         return next_tokens(requests, logits)
 
     def _take(self, request: Request, token_id: int) -> None:

@@ -2,8 +2,8 @@
 
 In each round every plan and number of nodes runs once, in a shuffled order that a seed fixes, and before each one block goes three times over the
 idle link of two nodes: the shortest is the block time by which that run is measured, since a noisy machine only adds. A run's seconds are those from the first order until the last node
-has the whole model, every block checked against its hash. Nodes are processes of this machine and their links are token buckets on sockets, so
-where they would need more than 0.6 of its cores the rate is halved. Costs the model's memory once a node. Shown in chapter 10.
+has the whole model, every block checked against its hash. Nodes are processes of this machine that speak TCP; their links are token buckets on
+its loopback, or the kernel's between network namespaces (`cluster.netns`). Where they would need more than 0.6 of its cores the rate is halved. Costs the model's memory once a node. Shown in chapter 10.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sllm_mini.checkpoint import save_checkpoint
 from sllm_mini.checkpoint.hashing import CHUNK_NBYTES
 from sllm_mini.cluster.block_messages import parts_of
+from sllm_mini.cluster.netns import Links
 from sllm_mini.control.multicast import (
     Plan,
     binary_tree,
@@ -47,6 +48,7 @@ PLANS: Mapping[str, Callable[[int, int], Plan]] = {
     STORE: store_reads,
 }
 """Name to (nodes, blocks) to plan. Node 0 has the model; in the 2-way form node 1 has it too."""
+_LINKS = {"bucket": "token buckets on loopback", "netns": "network namespaces with tbf"}
 _CPU_SHARE = 0.6
 _LOWEST = 1e6
 _TRIES = 3
@@ -56,7 +58,7 @@ _MODEL, _BLOCK = "model", "block"
 @dataclass(frozen=True, slots=True)
 class Options:
     """How to measure. `nodes`: how many nodes have the model in the end, the source among them. `bytes_per_second`: of each node's link,
-    each way. Raises ValueError for what measures nothing."""
+    each way, which is a token bucket ("bucket") or a cable between network namespaces ("netns"). Raises ValueError for what measures nothing."""
 
     rounds: int = 3
     nodes: tuple[int, ...] = (2, 4, 8)
@@ -64,6 +66,7 @@ class Options:
     block_nbytes: int = CHUNK_NBYTES
     bytes_per_second: float = 40e6
     seed: int = 0
+    links: Literal["bucket", "netns"] = "bucket"
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.blocks < 1 or not self.nodes or min(self.nodes) < 2:
@@ -86,7 +89,7 @@ class Sample:
 
 def measure_multicast(options: Options | None = None, *, folder: str | os.PathLike[str] | None = None, on_stage: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Measures every plan; returns the document. Files lie below `folder` (None: the system's place for such) and are removed. Raises ResourceError
-    for a node that does not do its part, OSError."""
+    for a node that does not do its part, UnsupportedError where there are no namespaces, OSError."""
     options = options or Options()
     say = on_stage or (lambda _: None)
     with tempfile.TemporaryDirectory(prefix="sllm-multicast-", dir=folder) as name:
@@ -122,7 +125,7 @@ def _measure(options: Options, folder: Path, say: Callable[[str], None]) -> dict
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "machine": asdict(measure_machine(folder)),
             "model": {"blocks": options.blocks, "block_nbytes": options.block_nbytes, "nbytes": bench.nbytes, "weights": "random bytes (seed 0)"},
-            "method": asdict(options) | {"links": "token buckets", "transport": "Unix sockets", "bytes_per_second_used": rate, "cpu_share_of_first_run": share},
+            "method": asdict(options) | {"links": _LINKS[options.links], "transport": "TCP", "bytes_per_second_used": rate, "cpu_share_of_first_run": share},
         }
     return assemble(plans, samples, facts)
 
@@ -134,8 +137,13 @@ class _Bench:
         self.nbytes = options.blocks * options.block_nbytes
         self._folder, self._block_nbytes = folder, options.block_nbytes
         self._runs = 0
-        # Room for both models; whole chunks of memory.
-        self._fleet = Fleet(max(options.nodes), folder, bytes_per_second=rate, dram_nbytes=self.nbytes + 4 * options.block_nbytes)
+        count = max(options.nodes)
+        with ExitStack() as stack:
+            links = stack.enter_context(Links([str(number) for number in range(count)], rate)) if options.links == "netns" else None
+            # Room for both models; whole chunks of memory.
+            room = self.nbytes + 4 * options.block_nbytes
+            self._fleet = stack.enter_context(Fleet(count, folder, bytes_per_second=rate if links is None else None, dram_nbytes=room, links=links))
+            self._stack = stack.pop_all()
 
     def run(self, plan: Plan) -> Sample:
         """One plan, after one block over the idle link. Raises ResourceError for a node that does not do its part."""
@@ -161,7 +169,7 @@ class _Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._fleet.close()
+        self._stack.close()
 
 
 def _make(path: Path, blocks: int, block_nbytes: int) -> None:

@@ -6,6 +6,7 @@ second. Shown in chapter 10.
 
 from __future__ import annotations
 
+import secrets
 import socket
 import subprocess
 import sys
@@ -20,23 +21,25 @@ from msgspec import Meta
 
 from sllm_mini.cluster.block_messages import Part
 from sllm_mini.cluster.blocks import BlockPeer
+from sllm_mini.cluster.netns import Links
 from sllm_mini.errors import ResourceError, SllmError, StoreError
 from sllm_mini.storage.holdings import DRAM, Lease
 from sllm_mini.storage.incoming import HeldBlocks
 from sllm_mini.storage.store import Store
-from sllm_mini.wire import Channel, ChannelClosed, Message
+from sllm_mini.wire import Channel, ChannelClosed, Message, set_key
 
 _Text = Annotated[str, Meta(max_length=8192)]
 _PATIENCE = 300.0
 
 
 class Begin(Message, frozen=True):
-    """The first order. Answered by `Ready`."""
+    """The first order; `key` is what nodes prove to each other (`wire.tcp`). Answered by `Ready`."""
 
     folder: _Text
     address: _Text
+    key: Annotated[bytes, Meta(max_length=1024)]
     dram_nbytes: int
-    bytes_per_second: float
+    bytes_per_second: float | None
     patience_seconds: float
 
 
@@ -73,6 +76,7 @@ class Spreaded(Message, frozen=True):
     planned: int
     begged: int
     fell_back: int
+    read: int
     corrupt: int
     sent: int
     whole_seconds: float
@@ -90,27 +94,29 @@ Answer = Ready | Spreaded | Failed
 
 
 class Fleet:
-    """So many node processes, ended with the block of code. Raises ResourceError for a node that does not come up."""
+    """So many node processes, ended with the block of code, that reach each other over TCP: on loopback, with `bytes_per_second` as a token bucket at
+    each (see `BlockPeer`), or over `links`, which has a node of every number. Raises ResourceError for a node that does not come up."""
 
-    def __init__(self, count: int, folder: Path, *, bytes_per_second: float, dram_nbytes: int, patience_seconds: float = 10.0) -> None:
+    def __init__(self, count: int, folder: Path, *, bytes_per_second: float | None, dram_nbytes: int, patience_seconds: float = 10.0, links: Links | None = None) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.channels: list[Channel[Answer]] = []
+        key = secrets.token_bytes(32)
         try:
-            for _ in range(count):
-                self._start()
+            for number in range(count):
+                self._start([] if links is None else links.command(str(number)))
             for number in range(count):
                 place = folder / f"n{number}"
                 place.mkdir(parents=True, exist_ok=True)
-                self.give(number, Begin(str(place), str(place / "socket"), dram_nbytes, bytes_per_second, patience_seconds))
+                self.give(number, Begin(str(place), f"tcp://{'127.0.0.1' if links is None else links.host(str(number))}:0", key, dram_nbytes, bytes_per_second, patience_seconds))
             self.addresses = [self._ready(number) for number in range(count)]
         except BaseException:
             self.close()
             raise
 
-    def _start(self) -> None:
+    def _start(self, inside: list[str]) -> None:
         here, there = socket.socketpair()
         with there:
-            self.processes.append(subprocess.Popen([sys.executable, "-m", "sllm_mini.lab.multicast_node", str(there.fileno())], pass_fds=(there.fileno(),)))
+            self.processes.append(subprocess.Popen([*inside, sys.executable, "-m", "sllm_mini.lab.multicast_node", str(there.fileno())], pass_fds=(there.fileno(),)))
         self.channels.append(Channel(here, Answer, name=f"node {len(self.channels)}"))
 
     def give(self, node: int, order: Order) -> None:
@@ -158,6 +164,7 @@ def main(fd: int) -> None:
         begin = orders.receive().message
         if not isinstance(begin, Begin):
             raise StoreError("a node's first order says where it works; send Begin first")
+        set_key(begin.key)
         store = stack.enter_context(Store(begin.folder, dram_nbytes=begin.dram_nbytes, chunk_nbytes=2 << 20))
         peer = BlockPeer(begin.address, bytes_per_second=begin.bytes_per_second, patience_seconds=begin.patience_seconds)
         stack.callback(peer.close)

@@ -22,7 +22,7 @@ from sllm_mini.storage.holdings import DRAM, Entry, Holdings, Lease
 from sllm_mini.storage.incoming import PEERS, Incoming
 from sllm_mini.storage.places import DevicePlace, Dram, Image, image_plan
 from sllm_mini.storage.remote import RemoteCheckpoint
-from sllm_mini.storage.sources import DISK, Origin, Sources
+from sllm_mini.storage.sources import DISK, REMOTE, Origin, Sources
 from sllm_mini.types import Progress, ProgressCallback
 
 _LOOK_SECONDS = 0.05
@@ -237,7 +237,10 @@ class Bringer:
                         error = failure
                 if isinstance(error, IntegrityError) and origin is not None and origin.place == DISK:
                     self._sources.forget(entry.version)  # the copy in the cache is damaged: the next load reads the remote
+                cached = error is None and origin is not None and origin.place == REMOTE and self._sources.is_cached(entry.version)
                 with self._holdings.locked():
+                    if cached:
+                        self._holdings.note("loaded", entry.name, DISK, entry.version.checkpoint.nbytes)
                     if error is None:
                         if moved_nbytes:  # the rest was there: all of it would have taken so much longer
                             entry.seconds[held.name] = (time.monotonic() - started) * image.checkpoint.nbytes / moved_nbytes

@@ -30,6 +30,7 @@ from sllm_mini.storage.sources import Origin
 PEERS = "peers"
 """Where pushed bytes come from, in `Figures.moved`."""
 _READERS = 8
+_BLOCKS_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class Incoming(Arrivals):
         self._layer_blocks: dict[int, set[int]] = {number: set() for number in self._missing}
         starts = [block.offset for block in self.blocks]
         for tensor, offset in image_places(self.checkpoint.index):
-            self._layer_blocks[tensor.layer] |= {n for n in _overlapping(starts, offset, tensor.nbytes) if n in self._absent}
+            self._layer_blocks[tensor.layer] |= {n for n in overlapping(starts, offset, tensor.nbytes) if n in self._absent}
         if self.blocks and (inside := self.checkpoint.nbytes % self._chunks[0].nbytes):
             self._chunks[-1].clear(inside)  # before anybody can look
         self._note()
@@ -183,21 +184,26 @@ class Incoming(Arrivals):
                 for number in range(len(index.partitions))
             ]
 
-            def read(number: int) -> None:
+            def read(chunk: HashChunk) -> None:
+                views = views_of(self._chunks, chunk.offset, chunk.nbytes)
+                whole = views[0] if len(views) == 1 else memoryview(bytearray(chunk.nbytes))
+                readers[chunk.partition].read(whole, chunk.file_offset, cached=True)
+                if len(views) > 1:  # a remote reader checks whole hash chunks, and would read one that is cut twice
+                    at = 0
+                    for view in views:
+                        view[:] = whole[at : at + len(view)]
+                        at += len(view)
+
+            def bring(number: int) -> None:
                 with self.writing(number, origin.place):
-                    for chunk in self.blocks[number].chunks:
-                        views = views_of(self._chunks, chunk.offset, chunk.nbytes)
-                        whole = views[0] if len(views) == 1 else memoryview(bytearray(chunk.nbytes))
-                        readers[chunk.partition].read(whole, chunk.file_offset, cached=True)
-                        if len(views) > 1:  # a remote reader checks whole hash chunks, and would read one that is cut twice
-                            at = 0
-                            for view in views:
-                                view[:] = whole[at : at + len(view)]
-                                at += len(view)
+                    for _ in reading.map(read, self.blocks[number].chunks):
+                        pass
 
             wanted = [number for number in self.missing() if blocks is None or number in set(blocks)]
-            with ThreadPoolExecutor(_READERS, thread_name_prefix="sllm-fall-back") as pool:
-                for _ in pool.map(read, wanted):
+            reading = opened.enter_context(ThreadPoolExecutor(_READERS, thread_name_prefix="sllm-fall-back"))
+            # Few blocks at once, so that they land about in order: whoever they are passed on to need not wait for the last.
+            with ThreadPoolExecutor(_BLOCKS_AT_ONCE, thread_name_prefix="sllm-fall-back-blocks") as bringing:
+                for _ in bringing.map(bring, wanted):
                     pass
 
     def end(self, error: BaseException | None = None) -> None:
@@ -283,6 +289,6 @@ def views_of(chunks: Sequence[SharedChunk], offset: int, nbytes: int) -> list[me
     return [chunks[number].view[inside : inside + count] for number, inside, count in pieces_of(offset, nbytes, chunks[0].nbytes)]
 
 
-def _overlapping(starts: Sequence[int], offset: int, nbytes: int) -> range:
+def overlapping(starts: Sequence[int], offset: int, nbytes: int) -> range:
     """The numbers of the blocks in which a tensor lies; `starts` are theirs."""
     return range(bisect_right(starts, offset) - 1, bisect_left(starts, offset + nbytes)) if nbytes else range(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,10 @@ class Remote:
     lock: threading.Lock = field(default_factory=threading.Lock)
     readers: int = 0
     closing: bool = False
+    turns: AbstractContextManager[object] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.turns = threading.Semaphore(self.options.ranges) if self.options.ranges else nullcontext()
 
     def count(self, *, remote: int = 0, cached: int = 0, repeated: int = 0, interruptions: int = 0) -> None:
         with self.lock:
@@ -202,7 +207,8 @@ class RemoteReader:
     def _request(self, view: memoryview, offset: int, placed: Callable[[int], None] | None = None) -> None:
         remote, entry = self._remote, self._entry
         try:
-            again = fetch(remote.source, entry.file, offset, view, entry.file_nbytes, remote.options, stopped=self._stopped, placed=placed)
+            with remote.turns:
+                again = fetch(remote.source, entry.file, offset, view, entry.file_nbytes, remote.options, stopped=self._stopped, placed=placed)
         except Differs as error:
             raise remote.explain(self._number, offset, str(error), self._stopped) from None
         remote.count(interruptions=again)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -28,6 +29,7 @@ from sllm_mini.wire import MAX_FDS, Channel, ChannelClosed, Connections, WireTim
 SEND_SECONDS = 30.0
 """A client that does not read for so long is given up."""
 _PROGRESS_SECONDS = 0.1
+_LOOK_SECONDS = 0.005
 _SPOKE = "a connection that attached a model takes no other request; open another"
 
 RequestChannel = Channel[messages.Request]
@@ -102,15 +104,18 @@ class StoreServer:
             _send_image(channel, lease)
             arriving, done = lease.arriving, 0
             layers = lease.entry.version.checkpoint.index.layers
-            for name in arriving.layers:
+            missing = arriving.layers
+            while missing and not arriving.done:
                 try:
-                    _wait(channel, partial(arriving.wait_for, name))
+                    _wait(channel, partial(_some, arriving, missing))
+                    there = [name for name in missing if arriving.ready(name)]
                 except SllmError as error:
                     _send(channel, failure(error))
                     return
+                missing = [name for name in missing if name not in there]
                 done = max(done, arriving.progress.done_nbytes)
                 if not arriving.done:
-                    _send(channel, messages.Ready([layers.index(name)], done, False))
+                    _send(channel, messages.Ready([layers.index(name) for name in there], done, False))
             try:
                 _wait(channel, partial(_ended, arriving))
             except SllmError as error:
@@ -164,6 +169,18 @@ def _wait(channel: RequestChannel, arrived: Callable[[float], bool]) -> None:
         with suppress(WireTimeout):
             channel.receive(0)
             raise StoreError(_SPOKE)
+
+
+def _some(arriving: Arriving, names: Sequence[str], seconds: float) -> bool:
+    """Whether one of these layers is in place within so many seconds. Nearly always the first is the next; others that come before it, as
+    a model's do that other nodes send, are seen some milliseconds later."""
+    end = time.monotonic() + seconds
+    while not any(arriving.ready(name) for name in names):
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        arriving.wait_for(names[0], min(left, _LOOK_SECONDS))
+    return True
 
 
 def _ended(arriving: Arriving, seconds: float) -> bool:

@@ -28,13 +28,15 @@ _UNREACHED_SECONDS = 1.0
 class RemoteOptions:
     """How remote files are read. `timeout_seconds`: a connection on which nothing arrives for so long counts as lost.
     `deadline_seconds`: a read that gets no byte for so long, over all its attempts, has failed. `backoff_seconds`: the
-    pause before the second attempt; it doubles up to 5 s. `connections`: kept open to one server. `storage`: what
-    `fsspec` wants to know, credentials included ("headers" for http); never shown."""
+    pause before the second attempt; it doubles up to 5 s. `connections`: kept open to one server. `ranges`: of one model asked
+    for at once, 0 for as many as a load has readers. `storage`: what `fsspec` wants to know, credentials included
+    ("headers" for http); never shown."""
 
     timeout_seconds: float = 10.0
     deadline_seconds: float = 20.0
     backoff_seconds: float = 0.1
     connections: int = 32
+    ranges: int = 0
     storage: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -42,6 +44,8 @@ class RemoteOptions:
             raise ValueError("timeout_seconds, deadline_seconds and backoff_seconds must be positive")
         if self.connections < 1:
             raise ValueError(f"connections is {self.connections}; it must be at least 1")
+        if self.ranges < 0:
+            raise ValueError(f"ranges is {self.ranges}; it must be at least 1, or 0 for no limit")
 
 
 class Interrupted(Exception):

@@ -25,7 +25,8 @@ from sllm_mini.storage.attach import Attachment, load_elsewhere
 from sllm_mini.storage.bringing import Bringer, follow
 from sllm_mini.storage.disk import DiskCache
 from sllm_mini.storage.holdings import DRAM, Entry, Holdings, Lease, Listener
-from sllm_mini.storage.incoming import Incoming
+from sllm_mini.storage.incoming import Incoming, cut_blocks
+from sllm_mini.storage.layer_blocks import blocks_of_layers
 from sllm_mini.storage.lending import attach_lease
 from sllm_mini.storage.memory import SharedPool
 from sllm_mini.storage.places import DevicePlace, Dram
@@ -189,6 +190,14 @@ class Store:
 
         Raises StoreError where the model is in DRAM or on its way there, NoRoomError, ValueError for blocks of less than 2 MiB."""
         return self._bringer.receive(self._holdings.entry(name), block_nbytes)
+
+    def blocks(self, name: str, block_nbytes: int) -> int:
+        """How many of such blocks `receive` takes a model in. Raises StoreError, ValueError for blocks of less than 2 MiB."""
+        return len(cut_blocks(self._holdings.entry(name).version.checkpoint.index, block_nbytes))
+
+    def layer_blocks(self, name: str, block_nbytes: int) -> list[frozenset[int]]:
+        """Which of those blocks each layer needs (see `blocks_of_layers`). Raises as `blocks` does."""
+        return blocks_of_layers(self._holdings.entry(name).version.checkpoint.index, block_nbytes)
 
     def pin(self, name: str, place: str, pinned: bool = True) -> None:
         """Keeps a model from being evicted from a place, or no longer; brings nothing there. Raises StoreError."""

@@ -1,4 +1,4 @@
-"""A Unix socket with one thread per connection: what the store, the arbiter and a destination of moves are served on.
+"""A listening address with one thread per connection: what the store, the arbiter and a destination of moves are served on.
 
 Explained in chapter 05.
 """
@@ -27,11 +27,11 @@ class Connections(Generic[M]):
     """Listens at `address` from the moment it is made, and runs `talk(channel)` for each who connects until `close`.
 
     A WireError that leaves `talk` ends its connection and nothing else: that the other side is gone, or speaks another
-    protocol, is no error of this side. Any thread may call `close`. Raises WireError if the address cannot be had.
+    protocol, is no error of this side. `address` and `key` are those of `listen`. Any thread may call `close`. Raises WireError if the address cannot be had.
     """
 
-    def __init__(self, address: str | os.PathLike[str], message_type: type[M] | UnionType, talk: Callable[[Channel[M]], None], *, name: str) -> None:
-        self._listener = listen(address)
+    def __init__(self, address: str | os.PathLike[str], message_type: type[M] | UnionType, talk: Callable[[Channel[M]], None], *, name: str, key: bytes | None = None) -> None:
+        self._listener = listen(address, key=key)
         self._message_type = message_type
         self._talk = talk
         self._name = name
@@ -43,14 +43,15 @@ class Connections(Generic[M]):
 
     @property
     def address(self) -> str:
-        return self._listener.path
+        """Where it listens: of `tcp://host:0`, with the port that it was given."""
+        return self._listener.address
 
     def wait(self) -> None:
         """Returns once `close` was called, by whichever thread."""
         self._thread.join()
 
     def close(self) -> None:
-        """Ends every connection and waits for their threads; the socket's file goes."""
+        """Ends every connection and waits for their threads; a path goes."""
         with self._lock:
             self._closed = True
         self._listener.close()

@@ -1,6 +1,6 @@
-"""Where channels begin: a Unix socket that only its user may open, and the way to it. Explained in chapter 05.
+"""Where channels begin: a Unix socket that only its user may open, or `tcp://host:port` (see `wire.tcp`), and the way to it. Explained in chapter 05.
 
-A socket's path is a name that outlives its server, so a listener must tell a live server from what a dead one left
+A Unix socket's path is a name that outlives its server, so a listener must tell a live server from what a dead one left
 behind, and two that start together must not both replace it.
 """
 
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from sllm_mini.errors import WireError
 from sllm_mini.wire.channel import deadline_of, hold, ready
 from sllm_mini.wire.message import ChannelClosed, WireTimeout
+from sllm_mini.wire.tcp import Callers, bind_tcp, connect_tcp, is_tcp
 
 _PATH_NBYTES = 107  # sockaddr_un.sun_path without its closing zero
 _LOCK_SECONDS = 5.0
@@ -41,46 +42,53 @@ def peer(sock: socket.socket) -> Peer:
 
 
 class Listener:
-    """A listening Unix socket, made by `listen`. `accept` and `close` may be called from several threads."""
+    """A listening socket, made by `listen`, at `address`. `accept` and `close` may be called from several threads."""
 
-    def __init__(self, sock: socket.socket, path: str) -> None:
-        self.path = path
+    def __init__(self, sock: socket.socket, address: str, callers: Callers | None = None) -> None:
+        """`callers` has whoever must prove a key first (TCP); without, `address` is a path."""
+        self.address = address
         self._sock = sock
+        self._callers = callers
         self._accepting = threading.RLock()
         self._closed = False
-        status = os.stat(path)
-        self._identity = (status.st_dev, status.st_ino)
+        self._identity = None if callers is not None else _identity(address)
         sock.setblocking(False)
 
     def fileno(self) -> int:
-        """Its descriptor, for `select` and its kin: readable when somebody connects; -1 once closed."""
-        return self._sock.fileno()
+        """Its descriptor, for `select` and its kin: readable when somebody connects, who may be no one that `accept` takes; -1 once closed."""
+        return self._sock.fileno() if self._callers is None else self._callers.fileno()
 
     def accept(self, timeout: float | None = None) -> socket.socket:
-        """The next connection by this user; those of other users are closed unread.
+        """The next connection by this user, or over TCP by whoever has proved the key; others are closed unread. A caller over TCP
+        waits until somebody accepts, and a silent one holds up nobody.
 
         Raises WireTimeout, ChannelClosed once the listener is closed, WireError when the process is out of descriptors.
         """
         deadline = deadline_of(timeout)
-        with hold(self._accepting, deadline, self.path):
+        with hold(self._accepting, deadline, self.address):
             while not self._closed:
+                if self._callers is not None and (proven := self._callers.proven()) is not None:
+                    return proven
                 try:
                     sock, _ = self._sock.accept()
                 except (BlockingIOError, ConnectionAbortedError):
-                    if not ready(self._sock, select.POLLIN, deadline):
-                        raise WireTimeout(f"{self.path}: nobody connected in time") from None
+                    if not (ready(self._sock, select.POLLIN, deadline) if self._callers is None else self._callers.wait(deadline)):
+                        raise WireTimeout(f"{self.address}: nobody connected in time") from None
                     continue
                 except OSError as error:
                     if self._closed:  # by another thread, between the look at it and the call
                         continue
-                    raise WireError(f"{self.path}: a connection could not be accepted: {error.strerror}") from error
-                if peer(sock).uid == os.geteuid():
+                    raise WireError(f"{self.address}: a connection could not be accepted: {error.strerror}") from error
+                if self._callers is not None:
+                    self._callers.add(sock)
+                elif peer(sock).uid == os.geteuid():
                     return sock
-                sock.close()
-            raise ChannelClosed(f"{self.path}: the listener is closed")
+                else:
+                    sock.close()
+            raise ChannelClosed(f"{self.address}: the listener is closed")
 
     def close(self) -> None:
-        """Stops listening, wakes `accept`, and removes the path if it is still this listener's. Safe to call twice."""
+        """Stops listening, wakes `accept`, and removes a path if it is still this listener's. Safe to call twice."""
         self._closed = True
         with contextlib.suppress(OSError):  # it may be closed already
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -88,10 +96,12 @@ class Listener:
             if self._sock.fileno() == -1:
                 return
             self._sock.close()
+            if self._callers is not None:
+                self._callers.close()
+                return
             with contextlib.suppress(FileNotFoundError):
-                status = os.lstat(self.path)
-                if (status.st_dev, status.st_ino) == self._identity:
-                    os.unlink(self.path)
+                if _identity(self.address) == self._identity:
+                    os.unlink(self.address)
 
     def __enter__(self) -> Listener:
         return self
@@ -100,12 +110,20 @@ class Listener:
         self.close()
 
 
-def listen(path: str | os.PathLike[str], *, backlog: int = 128) -> Listener:
-    """Listens on a socket with mode 0600 at `path`, in a folder that exists; a stale socket there is replaced.
+def listen(address: str | os.PathLike[str], *, backlog: int = 128, key: bytes | None = None) -> Listener:
+    """Listens at `tcp://host:port` (port 0: any; no host: loopback), for callers that know `key` or else the process's (`set_key`). Any other address
+    is a path in a folder that exists: a socket there with mode 0600, which needs no key; a stale one is replaced.
 
-    Raises WireError if a live server has the path, if anything but a socket is there, or if it cannot be made.
+    Raises WireError if a live server has the address, if anything but a socket is at the path, if it cannot be made, or for want of a key.
     """
-    place = _checked(path)
+    if is_tcp(address):
+        sock, place = bind_tcp(str(address), backlog)
+        try:
+            return Listener(sock, place, Callers(sock, place, key))
+        except BaseException:
+            sock.close()
+            raise
+    place = _checked(address)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _locked(os.path.dirname(place)):
@@ -123,12 +141,14 @@ def listen(path: str | os.PathLike[str], *, backlog: int = 128) -> Listener:
         raise
 
 
-def connect(path: str | os.PathLike[str], *, timeout: float | None = None) -> socket.socket:
-    """A socket connected to the server at `path`, which must run as this user.
+def connect(address: str | os.PathLike[str], *, timeout: float | None = None, key: bytes | None = None) -> socket.socket:
+    """A socket connected to the server at `address`, see `listen`: one that knows the key too, or at a path runs as this user.
 
-    Raises WireError if nobody listens there or it is somebody else's, WireTimeout if its queue stays full.
+    Raises WireError if nobody listens there or it is somebody else's, WireTimeout if its queue stays full or nobody accepts.
     """
-    place = _checked(path)
+    if is_tcp(address):
+        return connect_tcp(str(address), key, timeout)
+    place = _checked(address)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if timeout is not None:
@@ -149,6 +169,11 @@ def connect(path: str | os.PathLike[str], *, timeout: float | None = None) -> so
         sock.close()
         raise
     return sock
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
 
 
 def _checked(path: str | os.PathLike[str]) -> str:

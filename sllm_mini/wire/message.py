@@ -7,6 +7,7 @@ and trailing bytes are refused; nothing is ever unpickled. Decoding asks for mem
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any, ClassVar
 
 import msgspec
@@ -14,6 +15,9 @@ from msgspec import inspect
 
 from sllm_mini.errors import WireError
 
+_making = threading.Lock()
+"""msgspec shows a type's fields to other threads before it knows them all: who makes a decoder of the same type meanwhile decodes with
+fields that are not there, and the process crashes (0.22)."""
 _UNCHECKED = (inspect.AnyType, inspect.RawType, inspect.ExtType, inspect.CustomType, inspect.TypedDictType, inspect.DataclassType)
 
 
@@ -39,12 +43,17 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
     """Descriptors that this message may carry, at most MAX_FDS."""
 
 
-@functools.lru_cache(maxsize=256)
 def decoder(message_type: Any) -> msgspec.msgpack.Decoder[Any]:
     """The strict decoder of a Message class or a union of them. Raises ValueError if the type leaves anything unchecked.
 
     Decoders hold no state between calls, so one serves all threads.
     """
+    with _making:
+        return _decoder(message_type)
+
+
+@functools.lru_cache(maxsize=256)
+def _decoder(message_type: Any) -> msgspec.msgpack.Decoder[Any]:
     top = inspect.type_info(message_type)
     for kind in top.types if isinstance(top, inspect.UnionType) else (top,):
         if not (isinstance(kind, inspect.StructType) and issubclass(kind.cls, Message)):

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sllm_mini.cluster.live.options import LiveOptions
+from sllm_mini.cluster.live.spreading import Spreading
+from sllm_mini.cluster.live.ways import Pair, Ways
 from sllm_mini.cluster.nodes import messages as node
 from sllm_mini.cluster.router import Place, Router
 from sllm_mini.control import messages as m
-from sllm_mini.errors import UnsupportedError
 from sllm_mini.types import Tier, Warmth
 
 
@@ -56,6 +57,8 @@ class Placed:
     climbed_from: Warmth
     address: str = ""
     """Where its worker takes moves in."""
+    whole: bool = True
+    """Not where it serves while its weights arrive."""
     tier: Tier | None = None
     load_seconds: float = 0.0
     rungs: list[node.Rung] = field(default_factory=list)
@@ -74,13 +77,18 @@ class Carry:
         self._router, self._options, self._run, self._now, self._timer, self._concurrency = router, options, run, now, timer, concurrency
         self.handles: dict[str, NodeHandle] = {}
         self.placed: dict[int, Placed] = {}
+        self.spreading: Spreading | None = None
+        """Who brings models to several nodes at once, where anybody does."""
+        self._ways = Ways()
+        self._moves: dict[int, Pair] = {}
+        """Between which nodes each request moves, or moved last."""
         self._leaving: dict[str, NodeHandle] = {}
         self._lost_now: dict[int, Placed] = {}
         """Nodes and instances whose loss is being told. What is told before it (moves that are settled) may still make the controller
         decide about them: that is carried out into the void, and the loss takes it back."""
 
     def do(self, action: m.AnyAction) -> list[m.AnyEvent]:
-        """Carries it out; what the controller is to be told at once. Raises UnsupportedError for what no node can do."""
+        """Carries it out; what the controller is to be told at once."""
         match action:
             case m.Start():
                 self._start(action)
@@ -101,10 +109,14 @@ class Carry:
 
     def heard(self, handle: NodeHandle, answer: node.NodeAnswer) -> list[m.AnyEvent]:
         """What the controller is to be told of an answer; nothing where the node has been given up."""
+        if self.spreading is not None:
+            self.spreading.heard(handle, answer)  # also of one that joins
         if self.handles.get(handle.name) is not handle:
             return []
         self._forget_lost()
         match answer:
+            case node.Serves():
+                return self._serves(answer)
             case node.Reached():
                 return self._reached(answer)
             case node.Lost(id, _, reason):
@@ -114,6 +126,8 @@ class Carry:
                 return [] if number is None else self._router.failed(number, epoch, message)
             case node.Moved(request_id=request_id, epoch=epoch, outcome=outcome, seconds=seconds):
                 number = self._router.number_of(request_id)
+                if answer.report is not None and number in self._moves:
+                    self._ways.learn(self._moves[number], answer.report)
                 return [] if number is None else self._router.moved(number, epoch, outcome, seconds)
             case node.Stored(model=model, tier=tier, there=there):
                 return [m.Cached(handle.name, model, tier) if there else m.Evicted(handle.name, model, tier)]
@@ -124,6 +138,9 @@ class Carry:
         if self.handles.get(handle.name) is not handle:
             return []
         self._forget_lost()
+        if self.spreading is not None:
+            self.spreading.gone(handle.name)
+        self._ways.forget(handle.name)
         self._leaving[handle.name] = self.handles.pop(handle.name)
         events: list[m.AnyEvent] = []
         for placed in [each for each in self.placed.values() if each.handle is handle]:
@@ -134,6 +151,7 @@ class Carry:
     def over(self, number: int) -> list[m.AnyEvent]:
         """A request has ended for its reader."""
         events, running = self._router.over(number)
+        self._moves.pop(number, None)
         if running is not None:
             self._drop(self._router.id_of(number), *running)
         return events
@@ -149,8 +167,6 @@ class Carry:
         self._lost_now.clear()
 
     def _start(self, action: m.Start) -> None:
-        if action.parts:
-            raise UnsupportedError("several nodes cannot fetch shares of one model in a live cluster yet; choose a placement that does not split")
         here = action.node in self.handles
         handle = self.handles[action.node] if here else self._leaving[action.node]
         owner = node.owner_name(self._run, handle.name, handle.incarnation, action.instance, action.epoch)
@@ -159,8 +175,10 @@ class Carry:
         if before is not None:
             placed.rungs, placed.tier, placed.load_seconds = before.rungs, before.tier, before.load_seconds
         (self.placed if here else self._lost_now)[action.instance] = placed
+        plan = (self.spreading.share(action) if action.parts else self.spreading.gather(action)) if here and self.spreading is not None else ""
         climb = node.Climb(
             action.instance, action.epoch, action.model, action.warmth, action.target, action.tier, list(action.devices), self._concurrency(action.model),
+            plan, self._options.overlap,
         )  # fmt: skip
         handle.give(climb)
 
@@ -183,23 +201,35 @@ class Carry:
 
     def _migrate(self, number: int, source: Placed, target: Placed, epoch: int) -> None:
         self._router.moving(number, target.place(), epoch)
-        options = self._options
-        source.handle.give(node.Move(self._router.id_of(number), source.id, target.address, options.move_mode, options.move_gap_tokens, epoch))
+        options, name = self._options, self._router.id_of(number)
+        report = self._router.report(name)
+        self._moves[number] = pair = source.handle.name, target.handle.name, report.model
+        mode = self._ways.choose(pair, report.input_tokens + report.output_tokens) if options.move_mode == "auto" else options.move_mode
+        source.handle.give(node.Move(name, source.id, target.address, mode, options.move_gap_tokens, epoch))
 
     def _drop(self, name: str, owner: str, epoch: int) -> None:
         placed = next((each for each in self.placed.values() if each.owner == owner), None)
         if placed is not None:
             placed.handle.give(node.Drop(placed.id, name, epoch))
 
-    def _reached(self, answer: node.Reached) -> list[m.AnyEvent]:
+    def _serves(self, answer: node.Serves) -> list[m.AnyEvent]:
         placed = self.placed.get(answer.instance)
         if placed is None or placed.epoch != answer.epoch or placed.warmth >= placed.target:
             return []
+        placed.warmth, placed.tier, placed.load_seconds, placed.address, placed.whole = placed.target, answer.tier, 0.0, answer.address, False
+        return [m.InstanceReached(placed.id, answer.tier, max(0.0, self._now() - placed.began), 0.0, answer.epoch, whole=False)]
+
+    def _reached(self, answer: node.Reached) -> list[m.AnyEvent]:
+        placed = self.placed.get(answer.instance)
+        if placed is None or placed.epoch != answer.epoch or (placed.warmth >= placed.target and placed.whole):
+            return []
+        event = m.InstanceReached if placed.whole else m.InstanceLoaded
+        placed.whole = True
         placed.warmth, placed.tier, placed.load_seconds = placed.target, answer.tier, answer.load_seconds
         placed.address = answer.address
         placed.rungs = [*placed.rungs, *answer.rungs]
         seconds = max(0.0, self._now() - placed.began)
-        return [m.InstanceReached(placed.id, answer.tier, seconds, min(answer.queued_seconds, seconds), answer.epoch, answer.load_seconds)]
+        return [event(placed.id, answer.tier, seconds, min(answer.queued_seconds, seconds), answer.epoch, answer.load_seconds)]
 
     def _lost(self, handle: NodeHandle, id: int, reason: str) -> list[m.AnyEvent]:
         """Whatever was decided since, its worker is no more."""

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
-from sllm_mini.cluster.accounting import account_of
-from sllm_mini.cluster.api import Ask, Cluster, Deployment, NodeReport, RefusedError
+from sllm_mini.cluster.accounting import Accountant
+from sllm_mini.cluster.api import Ask, Cluster, Deployment, Metrics, NodeReport, RefusedError, keep_alive_seconds
 from sllm_mini.cluster.journal import Journal, read_journal, repair
 from sllm_mini.cluster.live.carry import Carry, NodeHandle
 from sllm_mini.cluster.live.handles import handles_of
@@ -27,17 +27,25 @@ from sllm_mini.cluster.live.loop import Loop
 from sllm_mini.cluster.live.members import Members
 from sllm_mini.cluster.live.options import ControlOptions, LiveOptions
 from sllm_mini.cluster.live.prompts import Prompts
+from sllm_mini.cluster.live.readings import metrics_of, reports_of, result_of
+from sllm_mini.cluster.live.reviving import Reviver
+from sllm_mini.cluster.live.spreading import Fetched, Spreading
 from sllm_mini.cluster.live.stream import LiveStream
 from sllm_mini.cluster.nodes import messages as node
-from sllm_mini.cluster.reports import node_reports
+from sllm_mini.cluster.reports import asked_warm
 from sllm_mini.cluster.router import Router
 from sllm_mini.cluster.simulated.result import SimulationResult
-from sllm_mini.cluster.simulated.table import RequestTable
 from sllm_mini.control import messages as m
-from sllm_mini.errors import SllmError
+from sllm_mini.control.multicast.gather import PlanKind, plan_of
+from sllm_mini.control.replay import read_log
+from sllm_mini.errors import SllmError, UnsupportedError
+from sllm_mini.types import Tier, Warmth
+from sllm_mini.wire.tcp import ensure_key, join_address
 
 Handles = Callable[[m.NodeSpec, int], NodeHandle]
 """Makes a node of its spec and its incarnation."""
+Resume = bool | Literal["models"]
+"""See `open_cluster`."""
 
 
 class LiveCluster:
@@ -45,7 +53,7 @@ class LiveCluster:
     another one left there, which must have ended. Safe from several threads. Raises SllmError where the folder has another
     cluster's files, or, to resume, has none."""
 
-    def __init__(self, handles: Handles, control: ControlOptions, folder: Path, options: LiveOptions | None = None, *, resume: bool = False) -> None:
+    def __init__(self, handles: Handles, control: ControlOptions, folder: Path, options: LiveOptions | None = None, *, resume: Resume = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.options, self.run = folder, options or LiveOptions(), secrets.token_hex(6)
         self._handles, self._control = handles, control
@@ -61,21 +69,36 @@ class LiveCluster:
             self._keeper.begin(control.header())
         self._opened = time.monotonic() - before
         self._journal = Journal(path, lambda: self.now)
-        self._loop = Loop(controller, self._keeper.write, lambda: self.now, self._beat, self._broken)
-        address = os.fspath(folder / f"arbiter-{self.run}")
-        self._router = Router(address, now=lambda: self.now, opened=self._opened, on_end=self._ended, journal=self._journal)
+        accountant = Accountant(self.options.keep_spans)
+        for record in read_log(self._keeper.log()) if resume else ():
+            accountant.tell(record)
+        self._loop = Loop(controller, self._keeper.write, accountant, lambda: self.now, self._beat, self._broken)
+        address = join_address(self.options.host, 0) if self.options.host else os.fspath(folder / f"arbiter-{self.run}")
+        if self.options.host:
+            ensure_key()
+        self._router = Router(
+            address, now=lambda: self.now, opened=self._opened, on_end=self._ended, journal=self._journal,
+            max_waiting=self.options.max_waiting, max_restarts=self.options.max_restarts,
+        )  # fmt: skip
         carry = Carry(self._router, self.options, self.run, lambda: self.now, self._loop.set_timer, self._concurrency)
+        self._spreading = carry.spreading = Spreading(self.options, self.run, carry.handles, self._holders, lambda: self.now)
         self._members = Members(carry, lambda handle: node.Join(handle.name, handle.incarnation, self.run, self._router.address))
         self._loop.carry, self._loop.members = carry, self._members
+        self._reviver = self._members.reviver = Reviver(
+            self.add_node, lambda name: self._loop.call(lambda: self._members.is_away(name)), lambda name, times: self._loop.call(lambda: self._members.given_up(name, times)),
+            lambda: self.now, self.options.revive, self.options.revive_seconds,
+        )  # fmt: skip
         if resume:
             self._members.deployed = {each.spec.name: (each, "") for each in deployments}
             for one in past:
                 self._router.reopen(one)
+                if resume == "models" and not one.over:
+                    self._router.cancel(one.opened.request_id)
             self._reconcile()
         self._loop.start()
 
     @classmethod
-    def open(cls, kind: str, nodes: Sequence[m.NodeSpec], control: ControlOptions, folder: Path, options: LiveOptions, *, resume: bool = False) -> LiveCluster:
+    def open(cls, kind: str, nodes: Sequence[m.NodeSpec], control: ControlOptions, folder: Path, options: LiveOptions, *, resume: Resume = False) -> LiveCluster:
         """See `open_cluster`. With `resume`, its requests go on once the first node has come up."""
         cluster = cls(handles_of(kind, folder, options), control, folder, options, resume=resume)
         try:
@@ -101,18 +124,31 @@ class LiveCluster:
 
     def delete(self, model: str) -> None:
         self._loop.do(lambda: self._members.delete(model))
+        self._loop.call(lambda: self._spreading.forget(model))
         self._loop.call(self._keep_deployments)
+
+    def prewarm(self, model: str, warmth: Warmth = Warmth.READY, keep_alive: float | None = None) -> None:
+        self._deployed(model)
+        events = asked_warm(model, warmth, keep_alive)
+        self._loop.do(lambda: events)
+
+    def unload(self, model: str) -> None:
+        self._deployed(model)
+        self._loop.do(lambda: [m.UnloadAsked(model)])
 
     def submit(self, ask: Ask) -> LiveStream:
         self._loop.check()
+        if ask.embed and not self.embeds:
+            raise UnsupportedError("the engines of this cluster have no hidden states to make embeddings of; ask for a text")
         if self._journal.error:
             raise RefusedError(503, self._journal.error)
-        found = self._members.deployed.get(ask.model)
-        if found is None:
-            raise RefusedError(404, f"there is no model {ask.model}; deploy it first")
+        found, keep_alive = self._deployed(ask.model), keep_alive_seconds(ask.keep_alive)
+        self._router.check_room()
         session = self._prompts.session(ask, *found)
-        arrived = self._router.open(session, ask.model, ask.prefix)
-        self._loop.post(lambda: [arrived])
+        events: list[m.AnyEvent] = [self._router.open(session, ask.model, ask.prefix)]
+        if keep_alive is not None:
+            events.append(m.KeepAliveAsked(ask.model, keep_alive))
+        self._loop.post(lambda: events)
         return LiveStream(self._router, session.request_id)
 
     def stream(self, request_id: str) -> LiveStream:
@@ -127,17 +163,30 @@ class LiveCluster:
             self._loop.call(lambda: self._members.withdraw(spec.name))
             raise
         done: Future[None] = Future()
-        self._loop.do(lambda: self._members.begin(handle, spec, done))
-        handle.open(
-            lambda answer, payload: self._loop.post(lambda: [*self._members.heard(handle, answer), *self._loop.carry.heard(handle, answer)]),
-            lambda why: self._loop.post(lambda: self._members.gone(handle, why)),
-        )
-        handle.give(self._members.join_order(handle))
         try:
+            self._loop.do(lambda: self._members.begin(handle, spec, done))
+            handle.open(
+                lambda answer, payload: self._loop.post(lambda: [*self._members.heard(handle, answer), *self._loop.carry.heard(handle, answer)]),
+                lambda why: self._loop.post(lambda: self._members.gone(handle, why)),
+            )
+            handle.give(self._members.join_order(handle))
             self._wait(done, f"the node {spec.name} did not come up")
-        except SllmError:
-            self._loop.do(lambda: self._members.gone(handle, "it did not come up in time"))
+        except BaseException as error:
+            why = f"it did not come up: {error}"
+            self._loop.post(lambda: self._members.gone(handle, why))
+            handle.kill()
+            handle.close()
             raise
+
+    def spread(self, model: str, nodes: Sequence[str], plan: PlanKind = "binomial", timeout: float | None = None) -> dict[str, Fetched]:
+        """Brings a model into the memory of these nodes, from whoever has it there, else from its source, which is read once; returns when each
+        node's part is over, and what became of it. Raises SllmError for a node or a model that is not there, TimeoutError."""
+        gathered = plan_of(*self._loop.call(lambda: self._spreading.around(model, nodes)), plan, alone=True)
+        if gathered is None:
+            return {}
+        done: Future[dict[str, Fetched]] = Future()
+        self._loop.do(lambda: self._spreading.spread(model, gathered, done))
+        return done.result(timeout)
 
     def kill_node(self, name: str) -> None:
         handle = self._loop.carry.handles.get(name)
@@ -153,7 +202,14 @@ class LiveCluster:
         return time.monotonic() - self._opened
 
     def nodes(self) -> list[NodeReport]:
-        return self._loop.call(self._reports)
+        return self._loop.call(lambda: reports_of(self._loop, self._reviver.returning()))
+
+    @property
+    def embeds(self) -> bool:
+        return not self.options.node.engine
+
+    def models(self) -> list[Deployment]:
+        return [deployment for deployment, _ in list(self._members.deployed.values())]
 
     def wait(self, until: Callable[[Cluster], bool], timeout: float) -> bool:
         """Looks whenever something has happened, and twenty times a second."""
@@ -173,8 +229,11 @@ class LiveCluster:
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
+    def metrics(self) -> Metrics:
+        return self._loop.call(lambda: metrics_of(self._loop, self._router, self._reviver))
+
     def result(self) -> SimulationResult:
-        return self._loop.call(self._summed)
+        return self._loop.call(lambda: result_of(self._loop, self._router, self._control.names(), self.now))
 
     def log(self) -> Iterable[bytes]:
         return self._keeper.log()
@@ -188,7 +247,9 @@ class LiveCluster:
             if self._closed:
                 return
             self._closed = True
+        self._reviver.stop()
         self._loop.stop()
+        self._spreading.fail_all(SllmError("the cluster was closed before the model was everywhere"))
         self._members.fail_all(SllmError("the cluster was closed; open it again"))
         self._router.close("503: the cluster was closed before the text ended")
         closing = [threading.Thread(target=handle.close, name=f"sllm-close-{handle.name}") for handle in self._loop.carry.handles.values()]
@@ -196,6 +257,7 @@ class LiveCluster:
             thread.start()
         for thread in closing:
             thread.join()
+        self._reviver.close()
         self._keeper.close()
         self._journal.close()
 
@@ -210,23 +272,37 @@ class LiveCluster:
     def _ended(self, number: int) -> None:
         self._loop.post(lambda: self._loop.carry.over(number))
 
+    def _holders(self, model: str) -> dict[str, Tier]:
+        known = self._loop.controller.cluster.models.get(model)
+        return {} if known is None else known.cached_on
+
+    def _deployed(self, model: str) -> tuple[Deployment, str]:
+        found = self._members.deployed.get(model)
+        if found is None:
+            raise RefusedError(404, f"there is no model {model}; deploy it first")
+        return found
+
     def _concurrency(self, model: str) -> int:
         return self._loop.controller.cluster.models[model].spec.concurrency
 
     def _beat(self) -> float:
         """What is to be done now and then; seconds until the next time."""
         now = self.now
+        for event in self._members.forget(self._loop.controller.cluster.models):
+            self._loop.tell(event)
         if now >= self._keeper.next_at:
             self._keeper.save(self._loop.controller, now)
             self._router.forget(now - self.options.remember_seconds)
             if self._journal.nbytes > self.options.journal_nbytes:
                 self._journal.compact()
-        return self._keeper.next_at - now
+        return min(self._keeper.next_at - now, self._spreading.due(now))
 
     def _broken(self, error: BaseException) -> None:
         """Something that must not be: the nodes go, and all that goes on fails."""
         failed = SllmError(f"the cluster has ended: {error}")
+        self._reviver.stop()
         self._members.fail_all(failed)
+        self._spreading.fail_all(failed)
         self._router.fail_all(f"500: {failed}")
         for handle in self._loop.carry.handles.values():
             handle.kill()
@@ -245,32 +321,14 @@ class LiveCluster:
         controller = self._loop.controller
         for timer, what in controller.timers.pending.items():
             self._loop.set_timer(timer, what.at)
-        for name in list(controller.cluster.nodes):
-            self._loop.tell(m.NodeLost(name))
+        if nodes := list(controller.cluster.nodes):
+            self._loop.tell(m.NodeLost(nodes[0], tuple(nodes[1:])))
         for number in list(controller.cluster.requests):
             if not self._router.is_open(number):
                 self._loop.tell(m.RequestCancelled(number))
         for arrived in self._router.waiting():
             if arrived.request not in controller.cluster.requests:
                 self._loop.tell(arrived)
-
-    def _reports(self) -> list[NodeReport]:
-        private = {id: placed.rungs[-1].private_nbytes for id, placed in self._loop.carry.placed.items() if placed.rungs}
-        return node_reports(self._loop.controller.cluster, self._members.joined, self._members.reasons, private)
-
-    def _summed(self) -> SimulationResult:
-        now, estimator = self.now, self._loop.controller.estimator
-        table = RequestTable(self._router.rows.models, keep=True)
-        table.buffer += self._router.rows.packed
-        table.settle()
-        spreads, accounting, waiting = table.spreads(), account_of(self._keeper.log(), now), list(self._router.waiting_since())
-        return SimulationResult(
-            policies=self._control.names(), requests=table, models=table.by_model(), wait=spreads["wait"], first_token=spreads["first_token"],
-            latency=spreads["latency"], spans=accounting.spans, account=accounting.account, events=dict(self._loop.counts),
-            arrived=len(table) + len(waiting), unanswered=len(waiting), seconds=now,
-            waiting_seconds=sum(row.latency_seconds for row in table) + sum(now - at for at in waiting), wall_seconds=now,
-            estimate_errors={} if estimator is None else estimator.errors(),
-        )  # fmt: skip
 
     def _wait(self, done: Future[None], what: str) -> None:
         try:

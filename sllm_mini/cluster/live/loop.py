@@ -9,11 +9,12 @@ from concurrent.futures import Future
 from heapq import heappop, heappush
 from typing import TypeVar
 
+from sllm_mini.cluster.accounting import Accountant
 from sllm_mini.cluster.live.carry import Carry
 from sllm_mini.cluster.live.members import Members
 from sllm_mini.control import messages as m
 from sllm_mini.control.controller import Controller
-from sllm_mini.control.replay import Recorder
+from sllm_mini.control.replay import Record, Recorder
 from sllm_mini.errors import SllmError
 
 _R = TypeVar("_R")
@@ -29,9 +30,11 @@ class Loop:
     """
 
     def __init__(
-        self, controller: Controller, write: Callable[[bytes], object], now: Callable[[], float], beat: Callable[[], float], on_broken: Callable[[BaseException], object],
+        self, controller: Controller, write: Callable[[bytes], object], accountant: Accountant, now: Callable[[], float], beat: Callable[[], float],
+        on_broken: Callable[[BaseException], object],
     ) -> None:  # fmt: skip
         self.controller = controller
+        self.accountant = accountant
         self.counts: dict[str, int] = {}
         """How many events of each kind the controller was told."""
         self.carry: Carry
@@ -113,7 +116,10 @@ class Loop:
         for event in events:
             name = type(event).__name__
             self.counts[name] = self.counts.get(name, 0) + 1
-            for action in self._recorder.handle(event, self._now()):
+            now = self._now()
+            actions = self._recorder.handle(event, now)
+            self.accountant.tell(Record(now, event, tuple(actions)))
+            for action in actions:
                 events += self.carry.do(action)
 
     def stop(self) -> None:

@@ -6,13 +6,16 @@ waited for by whoever asked, through a `Future`; the driver never waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from msgspec import structs
+
 import sllm_mini.errors as errors
-from sllm_mini.cluster.api import Deployment
+from sllm_mini.cluster.api import Deployment, StoreReport, keep_alive_seconds
 from sllm_mini.cluster.live.carry import Carry, NodeHandle
+from sllm_mini.cluster.live.reviving import Reviver
 from sllm_mini.cluster.nodes import messages as node
 from sllm_mini.control import messages as m
 from sllm_mini.errors import SllmError
@@ -51,26 +54,44 @@ class Members:
         self.deployed: dict[str, tuple[Deployment, str]] = {}
         self.joined: dict[str, tuple[m.NodeSpec, int]] = {}
         self.reasons: dict[str, str] = {}
+        self.stores: dict[str, StoreReport] = {}
+        """As the stores of nodes that live were last said to be."""
+        self._deleted: set[str] = set()
+        """Models that are deleted and may still have requests or instances."""
         self.settled: list[Future[None]] = []
         """Whoever waits for these may go on once the controller knows: the driver sees to it."""
         self._joining: dict[str, Joining] = {}
         self._deploying: dict[str, Deploying] = {}
+        self._starting: set[str] = set()
+        """Nodes that somebody is making."""
+        self.reviver: Reviver
 
     def incarnation(self, spec: m.NodeSpec) -> int:
         """Of the next node of this name, which is to join with it. Raises SllmError where one is alive or about to join."""
-        if spec.name in self._joining or spec.name in self._carry.handles:
+        if not self.is_away(spec.name):
             raise SllmError(f"a node {spec.name} is alive; kill it first, or give another name")
         number = self.joined.get(spec.name, (spec, 0))[1] + 1
         self.joined[spec.name] = spec, number
         self.reasons[spec.name] = "it has not come up yet"
+        self._starting.add(spec.name)
         return number
+
+    def is_away(self, name: str) -> bool:
+        """Whether no node of this name is alive, joins or is being made."""
+        return not (name in self._starting or name in self._joining or name in self._carry.handles)
+
+    def given_up(self, name: str, times: int) -> None:
+        """Nobody starts it again."""
+        self.reasons[name] = f"{self.reasons.get(name, 'it was lost')}; it was started {times} times in a row in vain, and is given up"
 
     def withdraw(self, name: str) -> None:
         """It could not be made."""
+        self._starting.discard(name)
         self.reasons[name] = "it could not be started"
 
     def begin(self, handle: NodeHandle, spec: m.NodeSpec, done: Future[None]) -> list[m.AnyEvent]:
         """`done` once the controller knows it; its answers are heard from now on."""
+        self._starting.discard(spec.name)
         self._joining[spec.name] = Joining(handle, spec, done)
         return []
 
@@ -81,22 +102,36 @@ class Members:
             raise SllmError(f"the model {name} is being deployed already; wait for that")
         if not self._carry.handles:
             raise SllmError(f"there is no node that could know the model {name}; add one first")
+        self._deleted.discard(name)
         self._deploying[name] = Deploying(deployment, done, set(self._carry.handles))
         late = [each for each in self._joining.values() if each.missing is not None]
         for each in late:
             each.missing.add(name)  # type: ignore[union-attr]
         for handle in (*self._carry.handles.values(), *(each.handle for each in late)):
-            handle.give(node.Register(name, deployment.source))
+            handle.give(_register(deployment))
         return []
 
     def give_up(self, deployment: Deployment) -> None:
         """Nobody waits for it any more; what registers it later is not heard."""
         deploying = self._deploying.get(deployment.spec.name)
         if deploying is not None and deploying.deployment is deployment:
-            del self._deploying[deployment.spec.name]
+            self._drop(deploying)
 
     def delete(self, model: str) -> list[m.AnyEvent]:
-        return [m.ModelDeleted(model)] if self.deployed.pop(model, None) is not None else []
+        if self.deployed.pop(model, None) is None:
+            return []
+        self._deleted.add(model)
+        return [m.ModelDeleted(model)]
+
+    def forget(self, known: Container[str]) -> list[m.AnyEvent]:
+        """Deleted models that the controller does not know any more have had their last word: every store drops them."""
+        events: list[m.AnyEvent] = []
+        for model in [each for each in self._deleted if each not in known]:
+            self._deleted.discard(model)
+            for handle in (*self._carry.handles.values(), *(each.handle for each in self._joining.values())):
+                handle.give(node.Forget(model))
+            events += [m.Evicted(name, model, Tier.REMOTE) for name in self._carry.handles]
+        return events
 
     def heard(self, handle: NodeHandle, answer: node.NodeAnswer) -> list[m.AnyEvent]:
         joining = self._joining.get(handle.name)
@@ -107,14 +142,15 @@ class Members:
                 if joining is not None and joining.missing is None:
                     joining.missing = {*self.deployed, *self._deploying}
                     for name in joining.missing:
-                        deployment = self.deployed[name][0] if name in self.deployed else self._deploying[name].deployment
-                        handle.give(node.Register(name, deployment.source))
+                        handle.give(_register(self.deployed[name][0] if name in self.deployed else self._deploying[name].deployment))
                     return self._look(joining)
             case node.Registered(model=model, digest=digest, tier=tier):
                 cached: list[m.AnyEvent] = [] if tier is Tier.REMOTE else [m.Cached(handle.name, model, tier)]
                 if joining is not None and joining.missing is not None:
                     if model in self.deployed and not self.deployed[model][1]:  # as of a cluster that was resumed
                         self.deployed[model] = self.deployed[model][0], digest
+                    if model in self.deployed and self.deployed[model][1] != digest:
+                        return self.gone(handle, _other_weights(model, handle.name))
                     joining.missing.discard(model)
                     joining.cached += cached
                     return self._look(joining)
@@ -122,15 +158,21 @@ class Members:
                 if deploying is not None and handle.name in deploying.missing:
                     deploying.digest = deploying.digest or digest
                     if digest != deploying.digest:
-                        return self._fail(deploying, SllmError(f"the checkpoint of {model} is another one on {handle.name} than elsewhere; give a source that is the same everywhere"))
+                        return self._fail(deploying, SllmError(_other_weights(model, handle.name)))
                     deploying.missing.discard(handle.name)
                     deploying.cached += cached
                     return self._finish(deploying)
+            case node.Figures():
+                if self._is_ours(handle, joining):
+                    self.stores[handle.name] = StoreReport(**structs.asdict(answer))
             case node.OrderFailed(model=model, kind=kind, message=message):
                 error = _error(kind, f"{handle.name}: {message}")
-                if joining is not None:
-                    return self.gone(handle, str(error))
                 deploying = self._deploying.get(model)
+                if joining is not None:
+                    if deploying is None or model in self.deployed or joining.missing is None:
+                        return self.gone(handle, str(error))
+                    joining.missing.discard(model)  # it is the model that cannot be, not the node
+                    return [*self._fail(deploying, error), *self._look(joining)]
                 if deploying is not None and handle.name in deploying.missing:
                     return self._fail(deploying, error)
         return []
@@ -138,6 +180,8 @@ class Members:
     def gone(self, handle: NodeHandle, why: str) -> list[m.AnyEvent]:
         """A node has gone, whether it had joined or not."""
         joining = self._joining.get(handle.name)
+        if self._is_ours(handle, joining):
+            self.stores.pop(handle.name, None)
         if joining is not None and joining.handle is handle:
             del self._joining[handle.name]
             self.reasons[handle.name] = why
@@ -147,6 +191,7 @@ class Members:
         events = self._carry.gone(handle)
         if events:
             self.reasons[handle.name] = why
+            self.reviver.lost(self.joined[handle.name][0])
             for deploying in list(self._deploying.values()):
                 if handle.name in deploying.missing:
                     deploying.missing.discard(handle.name)
@@ -163,6 +208,10 @@ class Members:
         self._joining.clear()
         self._deploying.clear()
 
+    def _is_ours(self, handle: NodeHandle, joining: Joining | None) -> bool:
+        """Whether it is the present incarnation."""
+        return self._carry.handles.get(handle.name) is handle or (joining is not None and joining.handle is handle)
+
     def _look(self, joining: Joining) -> list[m.AnyEvent]:
         if joining.missing:
             return []
@@ -170,6 +219,7 @@ class Members:
         del self._joining[name]
         self._carry.handles[name] = joining.handle
         self.reasons.pop(name, None)
+        self.reviver.came(name)
         for deploying in self._deploying.values():
             deploying.missing.discard(name)
         self.settled.append(joining.done)
@@ -183,17 +233,35 @@ class Members:
         if not deploying.digest:
             deploying.done.set_exception(SllmError(f"every node went while {name} was being deployed; add one and deploy it again"))
             return []
-        self.deployed[name] = deploying.deployment, deploying.digest
+        before = self.deployed[name][0].keep_alive if name in self.deployed else None
+        deployment = deploying.deployment
+        self.deployed[name] = deployment, deploying.digest
         self.settled.append(deploying.done)
-        return [*deploying.cached, m.ModelDeployed(deploying.deployment.spec)]
+        kept = [] if deployment.keep_alive == before else [m.KeepAliveAsked(name, keep_alive_seconds(deployment.keep_alive))]
+        return [*deploying.cached, m.ModelDeployed(deployment.spec), *kept]
 
     def _fail(self, deploying: Deploying, error: SllmError) -> list[m.AnyEvent]:
-        del self._deploying[deploying.deployment.spec.name]
+        self._drop(deploying)
         deploying.done.set_exception(error)
         return []
+
+    def _drop(self, deploying: Deploying) -> None:
+        """Some nodes may know the model already: their stores are told to forget it."""
+        name = deploying.deployment.spec.name
+        del self._deploying[name]
+        if name not in self.deployed:
+            self._deleted.add(name)
+
+
+def _register(deployment: Deployment) -> node.Register:
+    return node.Register(deployment.spec.name, deployment.source, deployment.tier)
 
 
 def _error(kind: str, message: str) -> SllmError:
     found = getattr(errors, kind, None)
     made = isinstance(found, type) and issubclass(found, SllmError)
     return found(message) if made else SllmError(f"{kind}: {message}")  # type: ignore[misc]
+
+
+def _other_weights(model: str, node_name: str) -> str:
+    return f"the checkpoint of {model} is another one on {node_name} than elsewhere; give a source that is the same everywhere"

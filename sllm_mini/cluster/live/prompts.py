@@ -24,13 +24,13 @@ class Prompts:
         """`digest` names the weights. Raises ValueError for a request that cannot be, ModelError for a prompt that cannot be
         read. What the model's context cannot hold its worker says."""
         request_id = uuid.uuid4().hex if ask.request_id is None else ask.request_id
-        problem = request_problem(request_id, ask.max_new_tokens, ask.sampling, ask.stop, ask.stop_at_eos)
+        problem = request_problem(request_id, ask.max_new_tokens, ask.sampling, ask.stop, ask.stop_at_eos, ask.logprobs, ask.embed)
         if problem:
             raise ValueError(problem)
         ids = self._encode(ask, deployment)
         if not ids:
             raise ModelError("the prompt is empty; give at least one token")
-        return Session(request_id, digest, tuple(ids), len(ids), ask.max_new_tokens, ask.sampling, ask.stop, ask.stop_at_eos)
+        return Session(request_id, digest, tuple(ids), len(ids), ask.max_new_tokens, ask.sampling, ask.stop, ask.stop_at_eos, logprobs=ask.logprobs, embed=ask.embed)
 
     def _encode(self, ask: Ask, deployment: Deployment) -> list[int]:
         if isinstance(ask.prompt, bytes | bytearray | memoryview):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from sllm_mini.cluster.api import RefusedError, RequestReport
+from sllm_mini.cluster.api import Listener, RefusedError, RequestReport
 from sllm_mini.cluster.router import Router
 from sllm_mini.errors import ModelError
 from sllm_mini.inference.ownership.ledger import LedgerPiece
@@ -26,12 +26,15 @@ class LiveStream:
             reason = self._router.reason(self.request_id)
             if reason is None:
                 raise
-            raise RefusedError.read(reason) from error
+            raise RefusedError.read(reason, self._router.retry_after()) from error
         with suppress(TimeoutError, ModelError):  # ModelError: forgotten already
             self.wait(_REPORT_SECONDS)  # the last token is read before its end is told to the controller, and so to the report
 
     def wait(self, timeout: float | None = None) -> RequestReport:
         return self._router.wait(self.request_id, timeout)
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        return self._router.subscribe(self.request_id, listener)
 
     def cancel(self) -> None:
         self._router.cancel(self.request_id)

@@ -7,38 +7,62 @@ for that waits its turn, one load at a time, as the controller's estimates have 
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from sllm_mini.cluster.live.options import NodeOptions
 from sllm_mini.cluster.nodes import messages as node
-from sllm_mini.cluster.nodes.lanes import Devices, Lane
+from sllm_mini.cluster.nodes.devices import Devices
+from sllm_mini.cluster.nodes.fetching import Fetching
+from sllm_mini.cluster.nodes.lanes import Lane
 from sllm_mini.cluster.nodes.workers import Launcher
-from sllm_mini.errors import SllmError
+from sllm_mini.errors import SllmError, StoreError
 from sllm_mini.inference.turns import Turns
 from sllm_mini.storage import Store, StoreServer
 from sllm_mini.storage import messages as stored
+from sllm_mini.storage.source import RemoteOptions
+from sllm_mini.storage.sources import DISK
 from sllm_mini.types import Tier
+from sllm_mini.wire import get_key
+from sllm_mini.wire.tcp import join_address
 
 TIERS = {"remote": Tier.REMOTE, "disk": Tier.DISK, "dram": Tier.DRAM}
 """What a store calls its places; a GPU's is its own name."""
+_PLACES: dict[Tier | None, str] = {tier: place for place, tier in TIERS.items() if tier is not Tier.REMOTE}
+_FORGET_SECONDS = 0.2
+"""How often a model is tried again that should be dropped and is in use."""
+_HANDOVER_SECONDS = 5.0
+"""How long the store of a node's old self is waited for."""
+
+log = logging.getLogger("sllm_mini.cluster")
 
 
 class NodeAgent:
     """See the module. A `NodeHandle` where it is called, and what stands behind one where it is spoken to over a channel. `give` returns
-    at once. `launcher`, and the store it makes in `folder`, end with it. Safe from several threads. Raises what a store raises."""
+    at once. `launcher`, and the store it makes in `folder`, end with it; the next incarnation finds there what the store had on disk.
+    With `host`, an address of this machine, other nodes reach its workers over TCP; the process has a key then (`wire.set_key`). Safe from
+    several threads. Raises what a store raises, StoreError where the one before has not given it back for some seconds."""
 
-    def __init__(self, name: str, incarnation: int, launcher: Callable[[Store], Launcher], options: NodeOptions, folder: Path) -> None:
-        self.name, self.incarnation, self.options, self.folder = name, incarnation, options, folder
+    def __init__(self, name: str, incarnation: int, launcher: Callable[[Store], Launcher], options: NodeOptions, folder: Path, host: str = "") -> None:
+        self.name, self.incarnation, self.options, self.folder, self.host = name, incarnation, options, folder, host
+        self.key = get_key() if host else b""
         self.devices, self.loads = Devices(), Turns()
         folder.mkdir(parents=True, exist_ok=True)
-        self.store = Store(folder / "store", dram_nbytes=options.store_dram_nbytes, disk_nbytes=options.store_disk_nbytes, policy=options.eviction)
+        self.store = self._open_store()
         try:
+            for left in folder.glob("moves-*"):  # by workers that were killed
+                left.unlink()
             self._server = StoreServer(self.store, folder / "store.sock")
             self.store_address = self._server.address
+            self.fetching = Fetching(self.store, self.address("blocks"), self.answer, bytes_per_second=options.link_bytes_per_second)
             self.launcher = launcher(self.store)
         except BaseException:
             self.store.close()
@@ -49,9 +73,15 @@ class NodeAgent:
         self._ended, self._freed = threading.Event(), threading.Event()
         self._on_answer: Callable[[node.NodeAnswer, bytes], None] = lambda _answer, _payload: None
         self._on_gone: Callable[[str], None] = lambda _why: None
-        self._registering: queue.SimpleQueue[node.Register | None] = queue.SimpleQueue()
+        self._keeping = ThreadPoolExecutor(1, thread_name_prefix=f"sllm-keep-{name}")
+        """Brings models to where they are to be kept, one by one."""
+        self._kept: dict[str, str] = {}
+        """The store's places in which they are; for the registrar."""
+        self._registering: queue.SimpleQueue[node.Register | node.Forget | Literal["look"] | None] = queue.SimpleQueue()
         self._registrar = threading.Thread(target=self._register_all, name=f"sllm-register-{name}", daemon=True)
         self._registrar.start()
+        self._on_disk: set[str] = set()
+        """Models whose source or cache is on this machine's disk."""
         self._stop_listening = self.store.listen(self._happened)
         self.join: node.Join | None = None
 
@@ -67,9 +97,12 @@ class NodeAgent:
             return
         if isinstance(order, node.Join):
             self.join = order
-            self.answer(node.Joined(os.getpid()))
-        elif isinstance(order, node.Register):
+            self.answer(node.Joined(os.getpid(), self.fetching.address))
+            self._registering.put("look")
+        elif isinstance(order, node.Register | node.Forget):
             self._registering.put(order)
+        elif isinstance(order, node.Fetch | node.Pipeline):
+            self.fetching.give(order)
         else:
             with self._lock:
                 lane = self._lanes.get(order.instance)
@@ -100,11 +133,15 @@ class NodeAgent:
     def ended(self) -> bool:
         return self._ended.is_set()
 
+    def address(self, name: str) -> str:
+        """Where somebody of this node may listen for those of others."""
+        return join_address(self.host, 0) if self.host else os.fspath(self.folder / name)
+
     def tier(self, model: str) -> Tier:
         """The fastest that has all of the model here. Raises StoreError for one that is not registered."""
         found = next((each for each in self.store.models() if each.name == model), None)
         if found is None:
-            raise SllmError(f"no model is registered as {model!r} on {self.name}; deploy it first")
+            raise StoreError(f"no model is registered as {model!r} on {self.name}; deploy it first")
         whole = [TIERS.get(place.place, Tier.DEVICE) for place in found.places if not place.loading and place.nbytes >= found.nbytes]
         return max(whole, default=Tier.REMOTE if "://" in found.source else Tier.DISK)
 
@@ -116,17 +153,95 @@ class NodeAgent:
 
     # Parts
 
-    def _register_all(self) -> None:
-        while (order := self._registering.get()) is not None:
+    def _open_store(self) -> Store:
+        """That of the incarnation before, with what it has on disk. Raises what a store raises."""
+        options, deadline = self.options, time.monotonic() + _HANDOVER_SECONDS
+        while True:
             try:
-                self.store.register(order.model, order.source)
-                self.answer(node.Registered(order.model, self.store.digest(order.model), self.tier(order.model)))
-            except (SllmError, OSError) as error:
-                self.answer(node.OrderFailed(order.model, type(error).__name__, str(error)[:8000]))
+                return Store(
+                    self.folder / "store", dram_nbytes=options.store_dram_nbytes, disk_nbytes=options.store_disk_nbytes, policy=options.eviction,
+                    remote=RemoteOptions(ranges=options.remote_ranges),
+                )  # fmt: skip
+            except StoreError:  # its old self is still ending
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    def _register_all(self) -> None:
+        forgotten = set[str]()
+        while True:
+            with suppress(queue.Empty):
+                order = self._registering.get(timeout=_FORGET_SECONDS if forgotten else None)
+                if order is None:
+                    return
+                if order == "look":
+                    self.answer(self._figures())
+                    continue
+                forgotten.discard(order.model)
+                if isinstance(order, node.Forget):
+                    forgotten.add(order.model)
+                else:
+                    self._register(order)
+            forgotten = {model for model in forgotten if not self._dropped(model)}
+
+    def _register(self, order: node.Register) -> None:
+        before = self._kept.get(order.model, "")
+        try:
+            self._keep(order.model, "")
+            self.store.register(order.model, order.source)
+            self._keep(order.model, _PLACES.get(order.keep, ""))
+            tier = self.tier(order.model)
+            if tier is Tier.DISK or "://" not in order.source:
+                self._on_disk.add(order.model)
+            layers = tuple(tuple(sorted(blocks)) for blocks in self.store.layer_blocks(order.model, self.options.block_nbytes))
+            self.answer(node.Registered(order.model, self.store.digest(order.model), tier, self.store.blocks(order.model, self.options.block_nbytes), layers))
+        except (SllmError, OSError) as error:
+            self._keep(order.model, before)
+            self.answer(node.OrderFailed(order.model, type(error).__name__, str(error)[:8000]))
+
+    def _keep(self, model: str, place: str) -> str:
+        """Pins it there and nowhere else, "" for nowhere, and brings it there soon; where it was kept until now."""
+        before = self._kept.pop(model, "")
+        places = {DISK, *(each.place for each in self.store.stats().places)} if before or place else set()
+        if before in places and before != place:
+            self.store.pin(model, before, False)
+        if place in places:
+            self.store.pin(model, place)
+            self._kept[model] = place
+            self._keeping.submit(self._bring, model, place)
+        return before
+
+    def _bring(self, model: str, place: str) -> None:
+        try:
+            with self.loads:
+                self.store.prefetch(model, place)
+        except (SllmError, OSError) as error:
+            if not self.ended:
+                log.warning("%s is not kept in %s of %s as it should be: %s", model, place, self.name, error)
+
+    def _dropped(self, model: str) -> bool:
+        """Whether the store has nothing of it (any more). While something of it is lent, it has."""
+        if any(each.name == model for each in self.store.models()):
+            self._keep(model, "")
+            try:
+                self.store.forget(model)
+            except StoreError:
+                return False
+        return True
 
     def _happened(self, happened: stored.Happened) -> None:
         if happened.what in ("loaded", "evicted") and happened.place in TIERS:
-            self.answer(node.Stored(happened.name, TIERS[happened.place], happened.what == "loaded"))
+            there = happened.what == "loaded"
+            self.answer(node.Stored(happened.name, TIERS[happened.place], there))
+            if happened.place == "disk":
+                (self._on_disk.add if there else self._on_disk.discard)(happened.name)
+            elif not there and happened.name not in self._on_disk:
+                self.answer(node.Stored(happened.name, Tier.DISK, False))  # who hears that memory lost it takes it to be on the disk
+            self._registering.put("look")  # not here: the store's lock is held
+
+    def _figures(self) -> node.Figures:
+        places = {place.place: (place.used_nbytes, place.budget_nbytes) for place in self.store.stats().places}
+        return node.Figures(*places.get("dram", (0, 0)), *places.get("disk", (0, 0)), self.launcher.shared_nbytes())
 
     def _end(self, how: Callable[[Lane], None]) -> bool:
         with self._lock:
@@ -147,8 +262,11 @@ class NodeAgent:
         self.launcher.close()
         self._stop_listening()
         self._server.close()
+        self.fetching.close()
         self.store.close()  # ends loads that lanes wait for
+        self.fetching.wait()
         self._registrar.join()
+        self._keeping.shutdown(cancel_futures=True)
         for lane in self._ending:
             lane.wait()
         self._freed.set()

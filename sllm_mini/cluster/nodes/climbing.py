@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sllm_mini.cluster.instance import Instance
 from sllm_mini.cluster.node import Node
 from sllm_mini.cluster.nodes import worker_messages
-from sllm_mini.cluster.nodes.worker_messages import Climbed, ClimbRung, Fall, Rung, Whole
+from sllm_mini.cluster.nodes.stages import Stages
+from sllm_mini.cluster.nodes.worker_messages import Climbed, ClimbRung, Fall, Rung, Stage, Staged, Whole
 from sllm_mini.cluster.process_memory import memory_of
 from sllm_mini.cluster.runtime import give_back_memory, import_runtime, open_device
 from sllm_mini.errors import ModelError, WireError
@@ -30,7 +31,7 @@ from sllm_mini.inference.workers.service import EngineService
 from sllm_mini.inference.workers.worker import end_process, serve_order, serve_orders, take_stdin
 from sllm_mini.storage.client import StoreClient
 from sllm_mini.types import Warmth
-from sllm_mini.wire import Channel, WireTimeout
+from sllm_mini.wire import Channel, WireTimeout, set_key
 
 if TYPE_CHECKING:
     from sllm_mini.inference.engine import Engine
@@ -69,6 +70,7 @@ class Climber:
         self._instance: Instance | None = None
         self._service: EngineService | None = None
         self._turn = threading.Lock()
+        self._pipeline = Stages(self._turn, on_error)
 
     def climb(self, order: ClimbRung) -> float:
         """Climbs to `order.warmth` and returns the seconds that took. Raises ModelError for a rung that is not the next, for another
@@ -100,8 +102,20 @@ class Climber:
                 self._instance.fall(warmth)
             if warmth == Warmth.RUNTIME:
                 self._instance = None
+                self._pipeline.close()
                 give_back_memory()
             self.warmth = warmth
+
+    def stage(self, start: int, stop: int, address: str, key: bytes = b"") -> str:
+        """Serves layers of the model that it attached, once their bytes are there and until it lets go of it; returns the address. Without one
+        it has them ready for a pipeline's last stage. Raises
+        ModelError where it has none, and what `Piece` and `StageServer` raise."""
+        if key:
+            set_key(key)
+        instance = self._instance
+        if instance is None:
+            raise ModelError(f"worker {self.name} holds no model of which it could serve layers; climb to DRAM first")
+        return self._pipeline.serve(instance, start, stop, address, lambda: self._instance is instance)
 
     def whole(self, timeout: float | None = None) -> None:
         """Waits for the last byte. Raises the load's error, ModelError where it has no model, WireTimeout."""
@@ -143,6 +157,7 @@ class Climber:
             if self._node is not None:
                 self._node.close()
             self._instance, self.warmth = None, Warmth.COLD
+            self._pipeline.close()
             give_back_memory()  # the engine was in use when its instance was stopped, and may be in a cycle
 
     def _import(self, order: ClimbRung) -> None:
@@ -183,15 +198,22 @@ class Climber:
     def _serve(self, order: ClimbRung) -> None:
         if order.owner is None or not order.address or not order.arbiter:
             raise ModelError(f"worker {self.name} cannot serve as nobody: READY needs an owner, an address and an arbiter")
+        if order.key:
+            set_key(order.key)
         instance = None if self._make is not None else self._held(order)
         try:
-            engine: Engine = self._make(order) if self._make is not None else self._held(order).make_ready(max_batch=order.max_batch)
+            last = None if instance is None else order.last
+            staged = None if last is None or instance is None else self._pipeline.join(instance, last, order.max_batch)
+            engine: Engine = self._make(order) if self._make is not None else staged or self._held(order).make_ready(max_batch=order.max_batch)
             if order.warm_up and instance is not None:
                 engine.complete([0], max_new_tokens=2, stop_at_eos=False)
             self._service = EngineService(
                 engine, owner=order.owner, address=order.address, arbiter=order.arbiter, pace_seconds=order.pace_seconds,
-                whole=(lambda: True) if instance is None else instance.arrived, on_error=self._on_error,
+                whole=(lambda: True) if instance is None or staged is not None else instance.arrived, on_error=self._on_error,
             )  # fmt: skip
+            if instance is not None and staged is not None:
+                service = self._service
+                self._pipeline.follow(instance, staged, service, order.max_batch, lambda: self._service is service)
         except BaseException:
             if instance is not None:
                 instance.fall(Warmth.DEVICE)
@@ -219,16 +241,19 @@ def serve(channel: socket.socket, name: str = "", engine: str = "") -> NoReturn:
 
         def carry_out(order: Any, payload: bytes) -> worker_messages.Answer:
             if isinstance(order, ClimbRung):
-                return Climbed(order.number, measured(order.warmth, climber.climb(order)))
+                seconds = climber.climb(order)
+                return Climbed(order.number, measured(order.warmth, seconds), climber.service.address if order.warmth == Warmth.READY else "")
             if isinstance(order, Fall):
                 climber.fall(order.warmth)
             elif isinstance(order, Whole):
                 climber.whole()
+            elif isinstance(order, Stage):
+                return Staged(order.number, climber.stage(order.start, order.stop, order.address, order.key))
             else:
                 return serve_order(climber.service, order, payload)
             return messages.Done(order.number)
 
-        serve_orders(orders, carry_out, climber.stuck_seconds, beside=(messages.Move, Whole))
+        serve_orders(orders, carry_out, climber.stuck_seconds, beside=(messages.Move, Whole, Stage))
     except WireError:
         os._exit(0)  # the agent is gone; nothing here outlives it
     except BaseException:  # noqa: BLE001 - it is told, and ends the process

@@ -5,48 +5,21 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Protocol
 
 from sllm_mini.cluster.live.options import NodeOptions
 from sllm_mini.cluster.nodes import messages as node
-from sllm_mini.cluster.nodes.worker_messages import ClimbRung, Rung
+from sllm_mini.cluster.nodes.devices import Devices
+from sllm_mini.cluster.nodes.fetching import Fetching
+from sllm_mini.cluster.nodes.loads import Load
+from sllm_mini.cluster.nodes.pipelines import begin_stages, pipeline_elsewhere, pipeline_here
+from sllm_mini.cluster.nodes.worker_messages import ClimbRung, Last, Rung
 from sllm_mini.cluster.nodes.workers import Launcher, WorkerHandle
 from sllm_mini.errors import SllmError, WireError
 from sllm_mini.inference.turns import Turns
 from sllm_mini.storage import Store
-from sllm_mini.storage.holdings import DRAM, Lease
+from sllm_mini.storage.holdings import Lease
 from sllm_mini.types import Tier, Warmth
-
-
-class Devices:
-    """Who has which device. A climb waits for the falls that free its devices, which are on their way. Safe from several threads."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._owners: dict[int, int] = {}
-        self._ended = False
-
-    def take(self, instance: int, devices: Sequence[int]) -> None:
-        """Waits until they are free, or the instance's. Raises SllmError once all has ended."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended or all(self._owners.get(device, instance) == instance for device in devices))
-            if self._ended:
-                raise SllmError("the node has ended")
-            self._owners |= dict.fromkeys(devices, instance)
-
-    def free(self, instance: int) -> None:
-        with self._changed:
-            self._owners = {device: owner for device, owner in self._owners.items() if owner != instance}
-            self._changed.notify_all()
-
-    def end(self) -> None:
-        """Nobody waits any more."""
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
 
 
 class Home(Protocol):
@@ -55,16 +28,19 @@ class Home(Protocol):
     name: str
     incarnation: int
     options: NodeOptions
-    folder: Path
+    key: bytes
     store: Store
     store_address: str
     launcher: Launcher
     devices: Devices
     loads: Turns
+    fetching: Fetching
     join: node.Join | None
 
     @property
     def ended(self) -> bool: ...
+
+    def address(self, name: str) -> str: ...
 
     def answer(self, answer: node.NodeAnswer) -> None: ...
 
@@ -81,7 +57,7 @@ class Lane:
         self.orders: queue.SimpleQueue[tuple[node.NodeOrder, bytes] | None] = queue.SimpleQueue()
         self.ended = False
         self._agent = agent
-        self._epoch = 0
+        self._epoch = -1
         self._launches = 0
         """A number for each worker, so that the end of an earlier one is not taken for that of this one."""
         self._worker: WorkerHandle | None = None
@@ -127,11 +103,11 @@ class Lane:
 
     def _do(self, order: node.NodeOrder, payload: bytes) -> None:
         if isinstance(order, node.Climb | node.Fall):
-            if order.epoch < self._epoch:
-                return
+            if order.epoch < self._epoch or (order.epoch == self._epoch and isinstance(order, node.Climb)):
+                return  # it has heard later, or this
             self._epoch = order.epoch
         if isinstance(order, node.Climb):
-            self._agent.answer(self._climb(order))
+            self._climb(order)
         elif isinstance(order, node.Fall):
             self._fall(order.warmth)
         elif isinstance(order, node.Run):
@@ -144,59 +120,76 @@ class Lane:
 
     # Up and down
 
-    def _climb(self, order: node.Climb) -> node.Reached:
+    def _climb(self, order: node.Climb) -> None:
         agent, rungs = self._agent, list[Rung]()
         agent.devices.take(self.instance, order.devices)
         if self._worker is None:
             if order.warmth > Warmth.COLD:
                 raise SllmError(f"instance {self.instance} is not there to climb from {order.warmth}")
             rungs.append(self._launch())
-        tier, queued_seconds, load_seconds = order.tier, 0.0, 0.0
+        load: Load | None = None
         for warmth in map(Warmth, range(max(order.warmth, Warmth.PROCESS) + 1, order.target + 1)):
             if warmth == Warmth.DRAM:
-                tier, queued_seconds, load_seconds, rung = self._load(order)
-                rungs.append(rung)
+                load = Load(agent, order)
+                rungs.append(self._attach(order, load))
+            elif warmth == Warmth.READY and load is not None:
+                rungs.append(self._serve(order, load))
             else:
                 rungs.append(self._rung(order, warmth))
-        return node.Reached(self.instance, order.epoch, tier, queued_seconds, load_seconds, rungs, self._address(order.epoch) if order.target == Warmth.READY else "")
-
-    def _load(self, order: node.Climb) -> tuple[Tier, float, float, Rung]:
-        """The weights into memory, and the worker onto them: from where, how long they waited and moved, and the rung."""
-        agent = self._agent
-        asked = time.monotonic()
-        with self._turn(agent.tier(order.model) < Tier.DRAM):
-            begun = time.monotonic()
-            lease = agent.store.lend(order.model, DRAM)
-            if not isinstance(lease, Lease):  # no room: the worker reads it into memory of its own
-                rung = self._rung(order, Warmth.DRAM)
-                return (Tier.REMOTE if "://" in lease.source else Tier.DISK), begun - asked, time.monotonic() - begun, rung
-            try:
-                lease.arriving.wait()
-                moved = time.monotonic()
-            except BaseException:
-                lease.close()
-                raise
-        try:
-            rung = self._rung(order, Warmth.DRAM)
-        except BaseException:
-            lease.close()
-            raise
-        found = {"remote": Tier.REMOTE, "disk": Tier.DISK}.get(lease.found_in, Tier.DRAM)
-        if agent.options.engine:
-            self._lease = lease
+        if load is not None and order.overlap and order.target == Warmth.READY and not load.over and not pipeline_elsewhere(self._agent, order):
+            agent.answer(node.Serves(self.instance, order.epoch, load.tier, self._address()))
+            threading.Thread(target=self._follow, args=(order, load, rungs), name=f"sllm-follow-{self.instance}", daemon=True).start()
         else:
+            if load is not None:
+                load.wait()
+            agent.answer(self._reached(order, load, rungs))
+
+    def _reached(self, order: node.Climb, load: Load | None, rungs: list[Rung]) -> node.Reached:
+        moved = (order.tier, 0.0, 0.0) if load is None else (load.tier, load.queued_seconds, load.seconds)
+        return node.Reached(self.instance, order.epoch, *moved, rungs, self._address() if order.target == Warmth.READY else "")
+
+    def _attach(self, order: node.Climb, load: Load) -> Rung:
+        """The worker maps the weights, or reads them itself where the store has no room."""
+        try:
+            lease = load.lend()
+            rung = self._rung(order, Warmth.DRAM, overlap=order.overlap and lease is not None)
+        except BaseException:
+            if load.lease is not None:
+                load.lease.close()
+            raise
+        finally:
+            load.attached()
+        if lease is not None and self._agent.options.engine:
+            self._lease = lease
+        elif lease is not None:
             lease.close()
-        return found, begun - asked, moved - begun, rung
+        return rung
 
-    @contextmanager
-    def _turn(self, moves: bool) -> Iterator[None]:
-        if not moves:
-            yield
-            return
-        with self._agent.loads:
-            yield
+    def _serve(self, order: node.Climb, load: Load) -> Rung:
+        """READY: where its plan has nodes serve the model together, as one of them, until the model is whole here."""
+        if self._worker is not None and not load.over:
+            begin_stages(self._agent, order, self._worker)
+            last = pipeline_here(self._agent, order, lambda: load.over)
+            if last is not None:
+                try:
+                    return self._rung(order, Warmth.READY, last=last)
+                except SllmError:  # a stage is gone; its own bytes come anyway
+                    if self._worker.gone:
+                        raise
+        return self._rung(order, Warmth.READY)
 
-    def _rung(self, order: node.Climb, warmth: Warmth) -> Rung:
+    def _follow(self, order: node.Climb, load: Load, rungs: list[Rung]) -> None:
+        """It serves; its last byte is waited for beside that."""
+        try:
+            load.wait()
+        except (SllmError, OSError) as error:
+            if order.epoch == self._epoch:  # else it has let go of the weights, or will meet the error when it climbs again
+                self._lost(str(error))
+                self.orders.put(None)
+        else:
+            self._agent.answer(self._reached(order, load, rungs))
+
+    def _rung(self, order: node.Climb, warmth: Warmth, *, overlap: bool = False, last: Last | None = None) -> Rung:
         agent, options = self._agent, self._agent.options
         join, worker = agent.join, self._worker
         if join is None or worker is None or agent.ended:
@@ -205,7 +198,8 @@ class Lane:
             ClimbRung(
                 warmth, order.model, agent.store_address, device=f"cuda:{order.devices[0]}" if options.cuda and order.devices else "cpu",
                 digest=agent.store.digest(order.model), owner=node.owner_name(join.run, agent.name, agent.incarnation, self.instance, order.epoch),
-                address=self._address(order.epoch), arbiter=join.arbiter, threads=options.threads, max_batch=order.max_batch, pace_seconds=options.pace_seconds,
+                address=agent.address(f"moves-{self.instance}.{order.epoch}"), key=agent.key, arbiter=join.arbiter, threads=options.threads, max_batch=order.max_batch, pace_seconds=options.pace_seconds,
+                overlap=overlap, last=last,
             )
         )  # fmt: skip
 
@@ -278,7 +272,7 @@ class Lane:
             worker = self._worker
         if worker is not None:
             worker.kill()
-        self._agent.answer(node.Lost(self.instance, self._epoch, why[:8000] or "it ended"))
+        self._agent.answer(node.Lost(self.instance, max(self._epoch, 0), why[:8000] or "it ended"))
 
     def _give_back(self) -> None:
         self._end_lease()
@@ -289,5 +283,7 @@ class Lane:
         if lease is not None:
             lease.close()
 
-    def _address(self, epoch: int) -> str:
-        return str(self._agent.folder / f"moves-{self.instance}.{epoch}")
+    def _address(self) -> str:
+        """Where its worker takes moves in; nothing where that has just gone, which is told next."""
+        worker = self._worker
+        return "" if worker is None else worker.address

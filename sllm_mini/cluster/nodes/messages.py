@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from sllm_mini.cluster.block_messages import Part, PlanId
 from sllm_mini.cluster.nodes.worker_messages import Rung
 from sllm_mini.inference.migration.messages import Mode, Report
 from sllm_mini.inference.ownership.messages import RequestName
@@ -36,15 +37,18 @@ class Join(Message, frozen=True):
 
 
 class Register(Message, frozen=True):
-    """The store is to know `model` at `source`. Answered by `Registered` or `OrderFailed`."""
+    """The store is to know `model` at `source`, and from then on to keep it in `keep` alone whatever is evicted: it is brought there, where the
+    store has such a place. Answered by `Registered`, before that, or `OrderFailed`."""
 
     model: Name
     source: Annotated[str, Meta(min_length=1, max_length=4096)]
+    keep: Tier | None = None
 
 
 class Climb(Message, frozen=True):
-    """An instance climbs from `warmth` (COLD: it is new) to `target`, on these `devices`. It takes `max_batch` requests at once. Answered by
-    `Reached` or `Lost`."""
+    """An instance climbs from `warmth` (COLD: it is new) to `target`, on these `devices`. It takes `max_batch` requests at once. Its weights
+    may come by `plan`, of which a `Fetch` follows. With `overlap` it serves while they arrive: then `Serves` comes before `Reached`.
+    Answered by `Reached` or `Lost`."""
 
     instance: Count
     epoch: Count
@@ -54,6 +58,34 @@ class Climb(Message, frozen=True):
     tier: Tier
     devices: Annotated[list[Count], Meta(max_length=1024)]
     max_batch: Annotated[int, Meta(ge=1, le=4096)] = 8
+    plan: Annotated[str, Meta(max_length=1024)] = ""
+    overlap: bool = False
+
+
+class Stage(Message, frozen=True):
+    """Node `node` of a plan serves layers `start` to `stop` − 1 while blocks still arrive."""
+
+    node: Count
+    start: Count
+    stop: Count
+
+
+class Fetch(Message, frozen=True):
+    """This node's part in bringing `model` to several: blocks to read, to receive and to send. None: nobody sends it here; whoever waits for
+    the plan reads the model itself. Until nodes have it whole they serve it together as `stages`, where there are any: requests go to
+    the last. Answered by `Fetched` where there is a part, and by `Staged` for each stage but the last that is this node's."""
+
+    plan: PlanId
+    model: Name
+    part: Part | None
+    stages: Annotated[tuple[Stage, ...], Meta(max_length=1024)] = ()
+
+
+class Pipeline(Message, frozen=True):
+    """For the node with the plan's last stage: those before it serve at `addresses`, in order. Not answered."""
+
+    plan: PlanId
+    addresses: Annotated[list[Address], Meta(max_length=1024)]
 
 
 class Fall(Message, frozen=True):
@@ -91,29 +123,65 @@ class Move(Message, frozen=True):
     epoch: Count
 
 
+class Forget(Message, frozen=True):
+    """The store is to drop `model`, and all of it that nobody uses; what is lent goes once it is given back. Not answered."""
+
+    model: Name
+
+
+NodeOrder = Join | Register | Forget | Fetch | Pipeline | Climb | Fall | Run | Drop | Move
+
+
 class Leave(Message, frozen=True):
     """Said over a channel: end yourself, and let your workers send first what they have computed."""
 
 
-class Hear(Message, frozen=True):
-    """The driver lives: said over a channel when there is nothing else to say."""
+class ToNode(Message, frozen=True):
+    """A frame of the driver's, one end of a `mailbox.Conversation`; without a message it says that the driver lives."""
 
-
-NodeOrder = Join | Register | Climb | Fall | Run | Drop | Move
+    number: Count
+    taken: Count
+    message: NodeOrder | Leave | None
 
 
 class Joined(Message, frozen=True):
-    """The agent is ready. `pid` is its process."""
+    """The agent is ready. `pid` is its process; it takes part in plans at `peers`."""
 
     pid: Count
+    peers: Address = ""
 
 
 class Registered(Message, frozen=True):
-    """`digest` names the weights in every session (`Session.model`); `tier` is the fastest that has all of them here."""
+    """`digest` names the weights in every session (`Session.model`); `tier` is the fastest that has all of them here; they are `blocks` of
+    the size that the node's options name, of which each of the `layers` needs some (see `storage.layer_blocks`)."""
 
     model: Name
     digest: Annotated[str, Meta(max_length=256)]
     tier: Tier
+    blocks: Count = 0
+    layers: Annotated[tuple[tuple[Count, ...], ...], Meta(max_length=1 << 16)] = ()
+
+
+class Fetched(Message, frozen=True):
+    """A part in a plan is over. Blocks came as `planned`, `begged` from another node, or `read` from the model's own source; `sent` went out.
+    `error` says why it failed, if it did."""
+
+    plan: PlanId
+    model: Name
+    planned: Count = 0
+    begged: Count = 0
+    read: Count = 0
+    sent: Count = 0
+    seconds: Seconds = 0.0
+    error: Text = ""
+
+
+class Staged(Message, frozen=True):
+    """The bytes of the plan's stage `stage` are here, and it serves at `address`."""
+
+    plan: PlanId
+    stage: Count
+    address: Address
 
 
 class OrderFailed(Message, frozen=True):
@@ -122,6 +190,15 @@ class OrderFailed(Message, frozen=True):
     model: Name
     kind: Annotated[str, Meta(max_length=200)]
     message: Text
+
+
+class Serves(Message, frozen=True):
+    """The instance takes requests, while its weights still arrive; `Reached` follows with the last byte."""
+
+    instance: Count
+    epoch: Count
+    tier: Tier
+    address: Address
 
 
 class Reached(Message, frozen=True):
@@ -172,11 +249,32 @@ class Stored(Message, frozen=True):
     there: bool
 
 
-class Beat(Message, frozen=True):
-    """The agent lives: said over a channel when there is nothing else to say."""
+class Figures(Message, frozen=True):
+    """What the node's store uses of its budgets, and what is kept running for all its workers (a zygote's PSS). Said when it has joined and
+    whenever what the store holds has changed."""
+
+    dram_used_nbytes: Nbytes
+    dram_budget_nbytes: Nbytes
+    disk_used_nbytes: Nbytes
+    disk_budget_nbytes: Nbytes
+    shared_nbytes: Nbytes
 
 
-NodeAnswer = Joined | Registered | OrderFailed | Reached | Lost | RunFailed | Moved | Stored
+NodeAnswer = Joined | Registered | OrderFailed | Fetched | Staged | Serves | Reached | Lost | RunFailed | Moved | Stored | Figures
+
+
+class Ending(Message, frozen=True):
+    """Said over a channel, the last: the agent ends itself, and why."""
+
+    reason: Text
+
+
+class FromNode(Message, frozen=True):
+    """A frame of the agent's; see `ToNode`."""
+
+    number: Count
+    taken: Count
+    message: NodeAnswer | Ending | None
 
 
 def owner_name(run: str, node: str, incarnation: int, instance: int, epoch: int) -> str:

@@ -30,7 +30,7 @@ class ThreadWorker:
     """A worker in this process. See `WorkerHandle`; made by `ThreadLauncher`."""
 
     def __init__(self, name: str, store: Store | None, make: MakeEngine | None, on_death: Callable[[str], None]) -> None:
-        self.name, self.pid = name, os.getpid()
+        self.name, self.pid, self.address = name, os.getpid(), ""
         self._on_death = on_death
         self._lock = threading.Lock()
         self._gone = threading.Event()
@@ -47,6 +47,7 @@ class ThreadWorker:
     def climb(self, order: ClimbRung) -> Rung:
         with self._asked():
             seconds = self._climber.climb(order)
+            self.address = self._climber.service.address if order.warmth == Warmth.READY else ""
         memory, before = memory_of(self.pid), self._before
         private, proportional = memory.private_nbytes - before.private_nbytes, memory.proportional_nbytes - before.proportional_nbytes
         return Rung(order.warmth, seconds, max(private, 0), max(proportional, 0))
@@ -54,6 +55,10 @@ class ThreadWorker:
     def whole(self, timeout: float | None = None) -> None:
         with self._asked():
             self._climber.whole(timeout)
+
+    def stage(self, start: int, stop: int, address: str, key: bytes = b"") -> str:
+        with self._asked():
+            return self._climber.stage(start, stop, address, key)
 
     def fall(self, warmth: Warmth) -> None:
         with self._asked():

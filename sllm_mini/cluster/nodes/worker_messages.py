@@ -34,6 +34,14 @@ class Rung(Message, frozen=True):
     proportional_nbytes: Nbytes
 
 
+class Last(Message, frozen=True):
+    """The last stage of a pipeline: layers `start` to `stop` − 1, and those before it at `addresses`, in order."""
+
+    start: Annotated[int, Meta(ge=0)]
+    stop: Annotated[int, Meta(ge=1)]
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=1024)]
+
+
 class ClimbRung(Message, frozen=True):
     """Climb to the rung `warmth`, which is the next above where the worker stands. Each order says all that its rung needs, so
     that a worker may climb again for another owner. Answered by `Climbed`.
@@ -41,7 +49,9 @@ class ClimbRung(Message, frozen=True):
     RUNTIME imports what a model needs, and `modules`; DRAM attaches `model` of the store at `store`, and is there when its bytes
     are, or at once with `overlap`; DEVICE the same on `device` (on a CPU the bytes are there already); READY makes the engine
     and lets it serve as `owner`, which takes moves in at `address` and asks `arbiter` (register and ledger).
-    `digest`, where given, must be the checkpoint's own. `number` is set by whoever sends it.
+    With `last` the engine is that of a pipeline until the model is whole here, and its requests go on in this worker's own then.
+    `digest`, where given, must be the checkpoint's own; `key` is the process's for `tcp://` addresses. `number` is set by whoever
+    sends it.
     """
 
     warmth: Warmth
@@ -58,6 +68,8 @@ class ClimbRung(Message, frozen=True):
     pace_seconds: Seconds = 0.0
     overlap: bool = False
     warm_up: bool = False
+    last: Last | None = None
+    key: Annotated[bytes, Meta(max_length=1024)] = b""
     number: Annotated[int, Meta(ge=0)] = 0
 
 
@@ -75,12 +87,33 @@ class Whole(Message, frozen=True):
     number: Number
 
 
-Order = messages.Run | messages.Move | messages.Drop | messages.Ping | ClimbRung | Fall | Whole
+class Stage(Message, frozen=True):
+    """Serve layers `start` to `stop` − 1 of the model that the worker attached, at `address`, once their bytes are there and until it lets go
+    of the model; without an address only have them ready for the rung READY (`Last`). `key` as for `ClimbRung`. Answered by `Staged`."""
+
+    number: Number
+    start: Annotated[int, Meta(ge=0)]
+    stop: Annotated[int, Meta(ge=1)]
+    address: Address
+    key: Annotated[bytes, Meta(max_length=1024)] = b""
+
+
+Order = Stage | messages.Run | messages.Move | messages.Drop | messages.Ping | ClimbRung | Fall | Whole
 
 
 class Climbed(Message, frozen=True):
+    """At READY, `address` is where moves are taken in: that of the order, with a port where that had none."""
+
     number: Number
     rung: Rung
+    address: Address = ""
 
 
-Answer = messages.Moved | messages.Done | messages.Failed | messages.Alive | Climbed
+class Staged(Message, frozen=True):
+    """It serves at `address`."""
+
+    number: Number
+    address: Address
+
+
+Answer = Staged | messages.Moved | messages.Done | messages.Failed | messages.Alive | Climbed

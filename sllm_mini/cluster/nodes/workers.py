@@ -16,7 +16,7 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from sllm_mini.cluster.nodes import worker_messages
-from sllm_mini.cluster.nodes.worker_messages import Climbed, ClimbRung, Fall, Rung, Whole
+from sllm_mini.cluster.nodes.worker_messages import Climbed, ClimbRung, Fall, Rung, Stage, Staged, Whole
 from sllm_mini.cluster.process_memory import memory_of
 from sllm_mini.errors import UnsupportedError, WireError
 from sllm_mini.inference.migration.messages import Mode, Report
@@ -35,6 +35,8 @@ class WorkerHandle(Protocol):
     """Of its process; the agent's own where the worker is a thread."""
     launched: Rung
     """The rung PROCESS: from the launch until it answered."""
+    address: str
+    """Where it takes moves in, once it stands at READY."""
 
     @property
     def gone(self) -> bool:
@@ -45,6 +47,10 @@ class WorkerHandle(Protocol):
 
     def whole(self, timeout: float | None = None) -> None:
         """Waits for the last byte, after a climb with `overlap`. Raises the load's error, WireTimeout."""
+
+    def stage(self, start: int, stop: int, address: str, key: bytes = b"") -> str:
+        """Serves some layers of the model that it attached, once their bytes are there; returns where. Without an address
+        it has them ready for `ClimbRung.last`. For any rung from DRAM on, beside a climb."""
 
     def fall(self, warmth: Warmth) -> None:
         """Keeps less: down to DEVICE, DRAM or RUNTIME, and returns when what is above is free. A worker that should fall below
@@ -96,7 +102,7 @@ class ProcessWorker:
     """
 
     def __init__(self, name: str, channel: socket, process: Process, on_death: Callable[[str], None], *, begun: float, seconds: float) -> None:
-        self.name, self.pid = name, process.pid
+        self.name, self.pid, self.address = name, process.pid, ""
         self._on_death = on_death
         self._lock = threading.Lock()
         self._told, self._dead = True, False
@@ -122,10 +128,15 @@ class ProcessWorker:
         return self._worker.gone
 
     def climb(self, order: ClimbRung) -> Rung:
-        return self._worker.ask(replace(order, number=self._worker.next()), Climbed).rung
+        climbed = self._worker.ask(replace(order, number=self._worker.next()), Climbed)
+        self.address = climbed.address
+        return climbed.rung
 
     def whole(self, timeout: float | None = None) -> None:
         self._worker.ask(Whole(self._worker.next()), messages.Done, seconds=timeout)
+
+    def stage(self, start: int, stop: int, address: str, key: bytes = b"") -> str:
+        return self._worker.ask(Stage(self._worker.next(), start, stop, address, key), Staged).address
 
     def fall(self, warmth: Warmth) -> None:
         self._worker.ask(Fall(self._worker.next(), warmth), messages.Done)

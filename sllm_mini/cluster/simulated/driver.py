@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from msgspec.structs import replace
 
-from sllm_mini.cluster.simulated.machines import ARRIVAL, EXTERNAL, FINISH, LINK, MOVED, PAUSE, READY, RUNG, TIMER
+from sllm_mini.cluster.simulated.machines import ARRIVAL, EXTERNAL, FINISH, LINK, MOVED, PAUSE, READY, ROOM, RUNG, TIMER
 from sllm_mini.cluster.simulated.options import SimulationOptions
 from sllm_mini.cluster.simulated.parts import Instance, Model, Run, SimulationError
 from sllm_mini.cluster.simulated.serving import READY_BUSY, READY_IDLE, Serving
@@ -27,6 +27,7 @@ from sllm_mini.control.messages import (
     Assign,
     Descend,
     InstanceFailed,
+    KeepAliveAsked,
     Migrate,
     ModelDeleted,
     ModelDeployed,
@@ -35,12 +36,14 @@ from sllm_mini.control.messages import (
     NodeLost,
     NodeSpec,
     Preempt,
+    PrewarmAsked,
     RequestArrived,
     RequestCancelled,
     RequestFinished,
     SetTimer,
     Start,
     TimerFired,
+    UnloadAsked,
 )
 from sllm_mini.types import Warmth
 
@@ -194,6 +197,8 @@ class SimulatedCluster(Serving):
             self._reached(thing, now)
         elif kind == RUNG:
             self._climbed_to_load(thing, now)
+        elif kind == ROOM:
+            self._make_room(thing, now)
         elif kind == PAUSE:
             self._pause(thing, version, now)
         elif kind == MOVED:
@@ -242,7 +247,7 @@ class SimulatedCluster(Serving):
             if instance is not None:
                 self._lose([instance], replace(event, epoch=instance.epoch), now)
             return
-        elif not isinstance(event, ModelDeleted):
+        elif not isinstance(event, ModelDeleted | PrewarmAsked | UnloadAsked | KeepAliveAsked):
             raise SimulationError(f"{type(event).__name__} is for the simulation to say; give nodes, models, cancelled requests and failed instances")
         self._tell(event, now)
 
@@ -255,6 +260,8 @@ class SimulatedCluster(Serving):
         node = self._nodes.get(event.node)
         if node is None:
             raise SimulationError(f"at {now:.6g} s the node {event.node} was to be lost, and there is none of that name")
+        if event.also:
+            raise SimulationError(f"at {now:.6g} s {len(event.also) + 1} nodes were to be lost together; give each an event of its own")
         robbed = [load for load in self._split.values() if event.node in load.sources and load.node is not node]
         instances = list(node.instances.values())
         self._remove_node(node, now)

@@ -11,27 +11,43 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from math import inf, nan
 from types import TracebackType
 from typing import Self
 
 from msgspec.structs import replace as changed
 
-from sllm_mini.cluster.api import Ask, Cluster, Deployment, NodeReport, Outcome, RefusedError, RequestReport
+from sllm_mini.cluster.accounting import account_of
+from sllm_mini.cluster.api import (
+    Ask,
+    Cluster,
+    Deployment,
+    Listener,
+    Metrics,
+    NodeReport,
+    Outcome,
+    RefusedError,
+    RequestReport,
+    keep_alive_seconds,
+)
 from sllm_mini.cluster.live.options import ControlOptions, LiveOptions
 from sllm_mini.cluster.live.prompts import Prompts
-from sllm_mini.cluster.reports import node_reports
+from sllm_mini.cluster.reports import asked_warm, node_reports
 from sllm_mini.cluster.simulated.driver import SimulatedCluster
 from sllm_mini.cluster.simulated.options import SimulationOptions
+from sllm_mini.cluster.simulated.rerun import Rerun
 from sllm_mini.cluster.simulated.result import SimulationResult
 from sllm_mini.cluster.simulated.run import result_of
-from sllm_mini.cluster.simulated.table import RequestRow
+from sllm_mini.cluster.simulated.stream import SimulatedStream
+from sllm_mini.cluster.subscription import Subscription
+from sllm_mini.cluster.tally import Tally
 from sllm_mini.cluster.trace.request import TraceRequest
 from sllm_mini.control import messages as m
-from sllm_mini.control.replay import Recorder, read_log
-from sllm_mini.errors import ModelError, SllmError
+from sllm_mini.control.replay import Recorder
+from sllm_mini.errors import ModelError, SllmError, UnsupportedError
 from sllm_mini.inference.ownership.ledger import LedgerPiece
-from sllm_mini.types import Epoch, Tier, Warmth
+from sllm_mini.types import Epoch, Warmth
 
 _TICK_SECONDS = 1e-6
 """Between two things that are asked for at once, so that they keep their order."""
@@ -56,34 +72,54 @@ class SimulatedDriver:
         self._ids: dict[str, int] = {}
         self._events: list[tuple[float, m.AnyEvent]] = []
         self._deployments: dict[str, Deployment] = {}
-        self._ran: _Ran | None = None
+        self._subscriptions: list[Subscription] = []
+        self._ran: Rerun | None = None
 
     # Asked for
 
     def deploy(self, deployment: Deployment) -> None:
         with self._lock:
+            before = self._deployments[deployment.spec.name].keep_alive if deployment.spec.name in self._deployments else None
             self._deployments[deployment.spec.name] = deployment
-            if not self._trace and not self._events and deployment.spec.name not in {spec.name for spec in self._first}:
+            if not self._trace and all(isinstance(event, m.KeepAliveAsked) for _, event in self._events) and deployment.spec.name not in {spec.name for spec in self._first}:
                 self._first.append(deployment.spec)
                 self._on_disk += () if "://" in deployment.source else (deployment.spec.name,)
             else:
                 self._happens(m.ModelDeployed(deployment.spec))
+            if deployment.keep_alive != before:
+                self._happens(m.KeepAliveAsked(deployment.spec.name, keep_alive_seconds(deployment.keep_alive)))
 
     def delete(self, model: str) -> None:
         with self._lock:
             if self._deployments.pop(model, None) is not None:
                 self._happens(m.ModelDeleted(model))
 
+    def prewarm(self, model: str, warmth: Warmth = Warmth.READY, keep_alive: float | None = None) -> None:
+        with self._lock:
+            self._deployed(model)
+            for event in asked_warm(model, warmth, keep_alive):
+                self._happens(event)
+
+    def unload(self, model: str) -> None:
+        with self._lock:
+            self._deployed(model)
+            self._happens(m.UnloadAsked(model))
+
     def submit(self, ask: Ask) -> SimulatedStream:
         with self._lock:
-            deployment = self._deployments.get(ask.model)
-            if deployment is None:
-                raise RefusedError(404, f"there is no model {ask.model}; deploy it first")
+            if ask.embed:
+                raise UnsupportedError("a simulated cluster makes no embeddings; ask for a text, or open a live one")
+            deployment, keep_alive = self._deployed(ask.model), keep_alive_seconds(ask.keep_alive)
+            waiting = self.metrics().waiting if len(self._trace) >= self._options.max_waiting else 0
+            if waiting >= self._options.max_waiting:
+                raise RefusedError(503, f"{waiting} requests wait, and no more are taken; try again later", 1.0)
             session = self._prompts.session(ask, deployment, "simulated")
             if session.request_id in self._ids:
                 raise ValueError(f"request {session.request_id!r} is known already; give each request an id of its own")
             self._ids[session.request_id] = len(self._trace)
             self._trace.append(TraceRequest(self._tick(), ask.model, session.prompt_length, ask.max_new_tokens, ask.prefix or None))
+            if keep_alive is not None:
+                self._happens(m.KeepAliveAsked(ask.model, keep_alive))
             return SimulatedStream(self, session.request_id)
 
     def stream(self, request_id: str) -> SimulatedStream:
@@ -121,6 +157,15 @@ class SimulatedDriver:
     def sleep(self, seconds: float) -> None:
         with self._lock:
             self._now += seconds
+        self._tell()
+
+    def subscribe(self, request_id: str, listener: Listener) -> Callable[[], None]:
+        """As the stream's; called whenever time has passed."""
+        subscription = Subscription(partial(self._read, request_id), listener)
+        with self._lock:
+            self._subscriptions = [each for each in self._subscriptions if not each.ended] + [subscription]
+        subscription.look()
+        return subscription.end
 
     def wait(self, until: Callable[[Cluster], bool], timeout: float) -> bool:
         with self._lock:
@@ -129,6 +174,7 @@ class SimulatedDriver:
             times = {record.now for record in ran.records}.union(*(ran.times(number) for number in range(len(self._trace))))
             for at in [self._now, *sorted(at for at in times if self._now < at < end), end]:
                 self._now = at
+                self._tell()
                 if until(self):
                     return True
             return False
@@ -141,6 +187,23 @@ class SimulatedDriver:
                     break
                 controller.handle(record.event, record.now)
             return node_reports(controller.cluster, self._joined, {})
+
+    embeds = False
+
+    def models(self) -> list[Deployment]:
+        with self._lock:
+            return list(self._deployments.values())
+
+    def metrics(self) -> Metrics:
+        """Of what has happened by now."""
+        with self._lock:
+            tally, reports = Tally(), [self.report(request_id) for request_id in self._ids]
+            for report in reports:
+                if report.outcome is not None:
+                    tally.add(report)
+            waiting = sum(report.outcome is None and report.assigned != report.assigned for report in reports)
+            running = sum(report.outcome is None for report in reports) - waiting
+            return tally.metrics(account_of(self.log(), self._now), waiting=waiting, running=running)
 
     def log(self) -> Iterable[bytes]:
         with self._lock:
@@ -169,7 +232,7 @@ class SimulatedDriver:
             tier, load_seconds = ran.start_of(row)
             outcome: Outcome = "answered" if row.outcome == "answered" else "refused" if row.outcome == "refused" else "cancelled"
             report = replace(report, rung=row.warmth, tier=tier, load_seconds=load_seconds, migrations=row.migrations)
-            return replace(report, ended=row.end, outcome=outcome, reason=ran.reason(number))
+            return replace(report, ended=row.end, outcome=outcome, reason=ran.reason(number), finish="length" if outcome == "answered" else None)
 
     def pieces(self, request_id: str) -> Iterator[LedgerPiece]:
         """As the stream's; time passes to each."""
@@ -187,8 +250,10 @@ class SimulatedDriver:
                     break
                 at = times[index]
                 self._now = max(self._now, at)
+            self._tell()
             yield LedgerPiece(first + index, 0, "", Epoch(1), at)
             index += 1
+        self._tell()
         if row.outcome == "refused":
             raise RefusedError.read(ran.reason(number))
 
@@ -209,6 +274,24 @@ class SimulatedDriver:
 
     # Parts
 
+    def _deployed(self, model: str) -> Deployment:
+        if model not in self._deployments:
+            raise RefusedError(404, f"there is no model {model}; deploy it first")
+        return self._deployments[model]
+
+    def _read(self, request_id: str, start: int) -> tuple[Sequence[LedgerPiece], RequestReport | None]:
+        """Its pieces by now, from `start` on, and its report where they are all."""
+        with self._lock:
+            report, number = self.report(request_id), self._ids[request_id]
+            times, first = self._run(self._now).times(number), self._trace[number].input_tokens
+            pieces = [LedgerPiece(first + index, 0, "", Epoch(1), times[index]) for index in range(start, report.output_tokens)]
+            return pieces, None if report.outcome is None else report
+
+    def _tell(self) -> None:
+        """Time has passed."""
+        for subscription in self._subscriptions:
+            subscription.look()
+
     def _tick(self) -> float:
         self._now += _TICK_SECONDS
         return self._now
@@ -219,7 +302,7 @@ class SimulatedDriver:
     def _with_disk(self, spec: m.NodeSpec) -> m.NodeSpec:
         return changed(spec, disk=tuple(dict.fromkeys((*spec.disk, *self._on_disk))))
 
-    def _run(self, until: float) -> _Ran:
+    def _run(self, until: float) -> Rerun:
         asked = len(self._trace), len(self._events), len(self._first), until
         if self._ran is None or self._ran.asked != asked:
             controller, lines = self._control.controller(), list[bytes]()
@@ -228,92 +311,5 @@ class SimulatedDriver:
             cluster = SimulatedCluster(Recorder(controller, lines.append), map(self._with_disk, self._nodes), self._first, options)
             cluster.run(self._trace, self._events)
             errors = {} if controller.estimator is None else controller.estimator.errors()
-            self._ran = _Ran(asked, self._trace, lines, result_of(cluster, self._control.names(), errors, 0.0))
+            self._ran = Rerun(asked, self._trace, lines, result_of(cluster, self._control.names(), errors, 0.0))
         return self._ran
-
-
-class _Ran:
-    """One run, and what its log says of each request."""
-
-    def __init__(self, asked: object, trace: Sequence[TraceRequest], lines: list[bytes], result: SimulationResult) -> None:
-        self.asked, self.lines, self.result, self._trace = asked, lines, result, trace
-        self.records = list(read_log(lines))
-        self.rows = {row.request: row for row in result.requests}
-        self._times: dict[int, list[float]] = {}
-
-    def given(self, number: int) -> list[float]:
-        """When it was assigned."""
-        return [record.now for record in self.records for action in record.actions if isinstance(action, m.Assign) and action.request == number]
-
-    def times(self, number: int) -> list[float]:
-        """When each of its tokens comes: from an assignment on, prefill and decoding go on until it ends or is interrupted."""
-        if number not in self._times:
-            self._times[number] = self._find_times(number)
-        return self._times[number]
-
-    def _find_times(self, number: int) -> list[float]:
-        asked, times, began = self._trace[number], list[float](), inf
-        prefill = decode = 0.0
-
-        def until(end: float) -> None:
-            first = began + prefill * (asked.input_tokens + len(times))
-            times.extend(at for place in range(1, asked.output_tokens - len(times) + 1) if (at := first + place * decode) <= end + 1e-9)
-
-        for record in self.records:
-            event = record.event
-            if isinstance(event, m.ModelDeployed) and event.model.name == asked.model and record.now <= asked.arrival_seconds:
-                prefill, decode = event.model.prefill_seconds_per_token, event.model.decode_seconds_per_token
-            elif isinstance(event, m.RequestProgressed | m.RequestFinished | m.RequestCancelled) and event.request == number and began < inf:
-                until(record.now)
-                began = inf
-                if isinstance(event, m.RequestFinished):  # what a move held back
-                    times.extend([record.now] * (asked.output_tokens - len(times)))
-            for action in record.actions:
-                if isinstance(action, m.Assign) and action.request == number:
-                    began = record.now
-                elif isinstance(action, m.Preempt) and action.request == number:
-                    until(record.now)
-                    began = inf
-        return times
-
-    def start_of(self, row: RequestRow) -> tuple[Tier | None, float]:
-        """Where the start that it waited for read the weights, and for how long."""
-        if row.warmth == Warmth.READY:
-            return None, 0.0
-        reached = [
-            record.event for record in self.records if isinstance(record.event, m.InstanceReached) and record.event.instance == row.instance and record.now <= row.start
-        ]  # fmt: skip
-        return (reached[-1].tier, reached[-1].load_seconds or 0.0) if reached else (None, 0.0)
-
-    def reason(self, number: int) -> str:
-        """Why it was refused."""
-        refused = (action.reason for record in self.records for action in record.actions if isinstance(action, m.Refuse) and action.request == number)
-        return next(refused, "")
-
-
-class SimulatedStream:
-    """See `api.Stream`."""
-
-    def __init__(self, driver: SimulatedDriver, request_id: str) -> None:
-        self._driver, self.request_id = driver, request_id
-
-    def __iter__(self) -> Iterator[LedgerPiece]:
-        return self._driver.pieces(self.request_id)
-
-    def wait(self, timeout: float | None = None) -> RequestReport:
-        driver = self._driver
-        end = driver.end_of(self.request_id)
-        if timeout is None and end == inf:
-            raise ModelError(f"request {self.request_id!r} is never answered as things are; give the cluster room for its model, or cancel it")
-        if timeout is not None and end > driver.now + timeout:
-            driver.sleep(timeout)
-            raise TimeoutError(f"request {self.request_id!r} had not ended after {timeout} seconds of simulated time")
-        driver.sleep(max(0.0, end - driver.now))
-        return driver.report(self.request_id)
-
-    def cancel(self) -> None:
-        self._driver.cancel(self.request_id)
-
-    @property
-    def report(self) -> RequestReport:
-        return self._driver.report(self.request_id)

@@ -22,7 +22,7 @@ from sllm_mini.control.messages import AnyEvent, Cached, Descend, Evicted, Insta
 from sllm_mini.control.state import held_nbytes
 from sllm_mini.types import Tier, Warmth
 
-FINISH, PAUSE, MOVED, RUNG, LINK, READY, EXTERNAL, ARRIVAL, TIMER = range(9)
+FINISH, PAUSE, MOVED, RUNG, ROOM, LINK, READY, EXTERNAL, ARRIVAL, TIMER = range(10)
 """What can come next; of two at one instant the smaller comes first, of two alike the one that was planned first."""
 
 _COLD, _PROCESS, _RUNTIME, _DRAM, _DEVICE, _READY = Warmth.COLD, Warmth.PROCESS, Warmth.RUNTIME, Warmth.DRAM, Warmth.DEVICE, Warmth.READY
@@ -44,6 +44,7 @@ class Machines(ABC):
         self._split: dict[int, Load] = {}
         """Loads that several nodes fetch a share of, by instance."""
         self._chance = Random(options.seed)
+        self._serves_from_store = options.leases == "instance"
 
     @abstractmethod
     def _tell(self, event: AnyEvent, now: float) -> None:
@@ -127,6 +128,18 @@ class Machines(ABC):
                     seconds *= self._chance.lognormvariate(0.0, self.options.jitter)
                 node.links[load.tier].submit(load, seconds, now)
                 self._plan(node.links[load.tier])
+            if self._serves_from_store and load.stored and load.tier < _DRAM_TIER:
+                heappush(self._heap, (now + load.queued_seconds, ROOM, self._tick(), load, 0))
+
+    def _make_room(self, load: Load, now: float) -> None:
+        """Its turn has come: it is read into the store's memory, or into its instance's own where there is no room."""
+        node = load.node
+        if self._nodes.get(node.spec.name) is node:
+            gone = node.store.reserve(load.spec.name, load.spec.nbytes)
+            if gone is None:
+                load.stored = False
+            for name, tier, _ in gone or ():
+                self._tell(Evicted(node.spec.name, name, tier), now)
 
     def _plan(self, link: Link[Load]) -> None:
         at = link.next_at()
@@ -153,7 +166,11 @@ class Machines(ABC):
             load.instance.drawn = now
             self._make_ready(load, now)
         if load.stored and self._nodes.get(node.spec.name) is node:
-            for name, tier, there in list(node.store.loaded(spec.name, spec.nbytes, load.tier, now - begin, now)):
+            changes = list(node.store.loaded(spec.name, spec.nbytes, load.tier, now - begin, now))
+            if load.wanted and self._serves_from_store and node.store.tier(spec.name) is _DRAM_TIER:
+                load.instance.leased = spec.name
+                node.store.lease(spec.name)
+            for name, tier, there in changes:
                 self._tell(Cached(node.spec.name, name, tier) if there else Evicted(node.spec.name, name, tier), now)
 
     def _make_ready(self, load: Load, now: float) -> None:
@@ -192,6 +209,9 @@ class Machines(ABC):
             instance.devices, instance.ndevices = (), 0
         if warmth < _DRAM:
             instance.model = None
+            if instance.leased is not None:
+                node.store.release(instance.leased, _DRAM_TIER)
+                instance.leased = None
         # A descent never fails: where memory is short for what a lower rung wants of it, it holds what there is.
         self._hold(instance, min(held_nbytes(instance.spec, warmth), instance.held_nbytes + node.free_nbytes), now)
         instance.warmth = instance.target = warmth

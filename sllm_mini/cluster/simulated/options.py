@@ -10,6 +10,7 @@ from sllm_mini.control.messages import SpecError
 from sllm_mini.eviction import LRU, Policy
 
 Links = Literal["node", "link", "shared"]
+Leases = Literal["load", "instance"]
 Keep = Literal["everything", "requests", "summary"]
 
 
@@ -19,7 +20,9 @@ class SimulationOptions:
 
     `links`: loads wait for each other in one queue per node (ServerlessLLM), in one queue per node and link, or share each
     link evenly. `store_dram_nbytes` and `store_disk_nbytes` are what a node's store may cache of models, beside the memory
-    that instances hold (None: no limit); `eviction` says what goes first. With b requests in one instance a decode step
+    that instances hold (None: no limit); `eviction` says what goes first. What lies in its memory cannot go while it is read (`leases`
+"load": instances have copies on their devices) or while an instance serves from it ("instance": the device is that memory, as
+on a live node without GPUs). With b requests in one instance a decode step
     takes 1 + `batch_slowdown` * (b - 1) times as long. A live migration costs `move_seconds` beside its rounds and stops the
     source when at most `move_gap_tokens` are missing. `jitter` is the spread (sigma of a logarithm) of each load's bytes a
     second, drawn from `seed`.
@@ -33,6 +36,7 @@ class SimulationOptions:
     store_dram_nbytes: int | None = 0
     store_disk_nbytes: int | None = None
     eviction: Policy = LRU
+    leases: Leases = "load"
     batch_slowdown: float = 0.0
     move_seconds: float = 0.1
     move_gap_tokens: int = 20
@@ -43,7 +47,7 @@ class SimulationOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field, choices in (("links", get_args(Links)), ("keep", get_args(Keep))):
+        for field, choices in (("links", get_args(Links)), ("leases", get_args(Leases)), ("keep", get_args(Keep))):
             if getattr(self, field) not in choices:
                 raise SpecError(f"{field} is {getattr(self, field)!r}; give {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}")
         for field in ("store_dram_nbytes", "store_disk_nbytes"):

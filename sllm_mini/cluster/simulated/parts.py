@@ -56,10 +56,10 @@ class Node:
 class Instance:
     """`slot` says what its time is counted as (see `account`), since `since`. `runs` are the requests it computes for;
     `active` counts them and those that are moving here. `spec` is the last model's, `model` None without weights.
-    `drawn` is until when the spans of its climb are drawn. `unused_gpu_seconds` and `unused_byte_seconds` are what its climbs have held since it last ran a request."""
+    `leased` is what it serves from in the node's store. `drawn` is until when the spans of its climb are drawn. `unused_gpu_seconds` and `unused_byte_seconds` are what its climbs have held since it last ran a request."""
 
     __slots__ = (
-        "active", "alive", "began", "climbed_from", "devices", "drawn", "epoch", "held_nbytes", "id", "model", "ndevices", "node", "runs", "since", "slot", "spec", "target",
+        "active", "alive", "began", "climbed_from", "devices", "drawn", "epoch", "held_nbytes", "id", "leased", "model", "ndevices", "node", "runs", "since", "slot", "spec", "target",
         "unused_byte_seconds", "unused_gpu_seconds", "warmth",
     )  # fmt: skip
 
@@ -73,6 +73,7 @@ class Instance:
         self.devices: tuple[int, ...] = ()
         self.ndevices = 0
         self.held_nbytes = 0
+        self.leased: str | None = None
         self.epoch = 0
         self.alive = True
         self.active = 0

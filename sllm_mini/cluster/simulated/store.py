@@ -15,7 +15,7 @@ from sllm_mini.types import Tier
 class _Shelf:
     """One tier: models in order of their last use."""
 
-    __slots__ = ("_clock", "_held", "_leases", "_policy", "_room", "_uses", "models")
+    __slots__ = ("_clock", "_held", "_leases", "_policy", "_room", "_uses", "models", "reserved")
 
     def __init__(self, room_nbytes: int | None, policy: Policy) -> None:
         self.models: dict[str, Resident] = {}
@@ -23,6 +23,7 @@ class _Shelf:
         self._held = 0
         self._policy = policy
         self._leases: dict[str, int] = {}
+        self.reserved: set[str] = set()
         self._uses: dict[str, int] = {}
         self._clock = 0.0
 
@@ -36,18 +37,27 @@ class _Shelf:
         """Takes a model in if there is room or can be; whether it is new here, and who went for it."""
         if name in self.models or not nbytes:
             return False, []
+        gone = [] if name in self.reserved else self.reserve(name, nbytes)
+        if gone is None:
+            return False, []
+        self.reserved.discard(name)
+        self.models[name] = Resident(name, nbytes, nbytes, now, max(self._uses.get(name, 0), 1), seconds, self._clock)
+        return True, gone
+
+    def reserve(self, name: str, nbytes: int) -> list[str] | None:
+        """Room for a model that comes, until it is added: who went for it, None where nobody can."""
         gone: list[str] = []
         if self._room is not None:
             missing = self._held + nbytes - self._room
             if missing > 0:
                 gone = self._victims(missing)
                 if not gone:
-                    return False, []
+                    return None
                 for victim in gone:
                     self._held -= self.models.pop(victim).nbytes
         self._held += nbytes
-        self.models[name] = Resident(name, nbytes, nbytes, now, max(self._uses.get(name, 0), 1), seconds, self._clock)
-        return True, gone
+        self.reserved.add(name)
+        return gone
 
     def _victims(self, missing: int) -> list[str]:
         if self._policy is LRU:
@@ -107,6 +117,15 @@ class SimulatedStore:
         if tier is not Tier.REMOTE:
             self._shelves[tier].release(name)
 
+    def reserve(self, name: str, nbytes: int) -> list[Change] | None:
+        """Room in memory for what is about to be read, as a store has it that reads into place: what went for it, None where there is
+        no room. Nothing for what is there, or on its way."""
+        shelf = self._shelves[Tier.DRAM]
+        if name in shelf.models or name in shelf.reserved:
+            return []
+        gone = shelf.reserve(name, nbytes)
+        return None if gone is None else list(self._gone(Tier.DRAM, gone))
+
     def loaded(self, name: str, nbytes: int, tier: Tier, seconds: float, now: float) -> Iterator[Change]:
         """A load of it from `tier`, which took `seconds`, is over: ends its lease, and keeps what came from further away."""
         self.release(name, tier)
@@ -118,9 +137,12 @@ class SimulatedStore:
 
     def _add(self, tier: Tier, name: str, nbytes: int, seconds: float, now: float) -> Iterator[Change]:
         new, gone = self._shelves[tier].add(name, nbytes, seconds, now)
-        for victim in gone:
+        yield from self._gone(tier, gone)
+        if new:
+            yield name, tier, True
+
+    def _gone(self, tier: Tier, victims: list[str]) -> Iterator[Change]:
+        for victim in victims:
             yield victim, tier, False
             if tier is Tier.DRAM and victim not in self._shelves[Tier.DISK].models:
                 yield victim, Tier.DISK, False  # who hears that memory lost it takes it to be on the disk
-        if new:
-            yield name, tier, True

@@ -61,18 +61,18 @@ def binomial_pipeline(nodes: int, blocks: int, *, step: Step = binomial_step) ->
     return Plan("binomial pipeline", nodes, blocks, tuple(transfers))
 
 
-def k_way_pipeline(nodes: int, blocks: int, sources: int, *, step: Step = binomial_step) -> Plan:
+def k_way_pipeline(nodes: int, blocks: int, sources: int, *, step: Step = binomial_step, runs: bool = False) -> Plan:
     """λScale's k-way form: nodes 0 … k − 1 are sources, each with a sub-group of its own that runs its own binomial pipeline.
 
-    The other nodes are dealt out in runs as equal as can be. Blocks form k strided groups (g, g + k, g + 2k, …), and sub-group
-    i is sent groups i, i + 1, … around the circle. So after ⌈b/k⌉ ticks the sub-groups hold a whole model between them, and
+    The other nodes are dealt out in runs as equal as can be. Blocks form k strided groups (g, g + k, g + 2k, …), with `runs` k runs of
+    blocks instead, so that a layer that lies in several is with one sub-group. Sub-group i is sent groups i, i + 1, … around the circle. So after ⌈b/k⌉ ticks the sub-groups hold a whole model between them, and
     after b + ⌈log₂ m⌉ − 1 each node does, m the members of the largest sub-group, source included. Raises ValueError unless
     every source has at least one node to feed. Pure.
     """
     require_shape(nodes, blocks, sources)
     if nodes < 2 * sources:
         raise ValueError(f"{sources} sources and {nodes - sources} nodes to feed: a source would have none; give at least {2 * sources} nodes")
-    groups = [range(group, blocks, sources) for group in range(sources)]
+    groups = [range(group * blocks // sources, (group + 1) * blocks // sources) if runs else range(group, blocks, sources) for group in range(sources)]
     transfers: list[Transfer] = []
     first = sources
     for way in range(sources):

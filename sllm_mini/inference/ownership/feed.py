@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sllm_mini.errors import ModelError, SllmError, WireError
+from sllm_mini.errors import ModelError, SllmError, StageError, WireError
 from sllm_mini.inference.ownership.messages import Token, Verdict
 from sllm_mini.types import Epoch
 
@@ -106,6 +106,20 @@ class TokenFeed:
             self._wake()
         return speaker
 
+    def go_on_with(self, engine: Engine) -> None:
+        """From now on this is its engine, and its requests go on there from their last token, in the same epochs. The one before has none left.
+        Raises what `Engine.adopt` raises."""
+        before = self.engine
+        with before.between_steps(), engine.between_steps():  # nobody sees a request that is in neither
+            sessions = [before.session(name) for name in before.requests]
+            for session in sessions:
+                before.drop(session.request_id, finish="moved")
+            self.engine = engine
+            for session in sessions:
+                epoch = self.epoch(session.request_id)
+                if epoch is not None:
+                    self.adopt(session, epoch)
+
     def open(self, request_id: str, epoch: Epoch) -> None:
         """From now on the request speaks in this epoch."""
         with self._changed:
@@ -117,7 +131,7 @@ class TokenFeed:
             epoch = self._epochs.get(request_id)
             if epoch is None:
                 return  # refused meanwhile, or gone: the engine is about to drop it
-            self._waiting.append(Token(request_id, epoch, piece.position, piece.token_id, piece.text, finish))
+            self._waiting.append(Token(request_id, epoch, piece.position, piece.token_id, piece.text, finish, piece.logprob, piece.top, piece.vector))
             self._last_at[request_id] = now
             if finish is not None:
                 self._forget(request_id)
@@ -160,7 +174,8 @@ class TokenFeed:
                 self.engine.drop(request_id, finish="moved")
 
     def report_failures(self) -> None:
-        """Tells the ledger of requests that ended with an error: nobody else reads their generations. To be called after steps."""
+        """Tells the ledger of requests that ended with an error: nobody else reads their generations. To be called after steps. Raises
+        StageError where a stage of the engine is gone: the ledger is not told then."""
         running = self.engine.requests
         with self._changed:
             suspects = [speaker for name, speaker in self._speakers.items() if name not in running]
@@ -174,6 +189,8 @@ class TokenFeed:
                 for _ in speaker.generation:
                     pass
                 reason = "its engine dropped it"
+            except StageError:
+                raise  # the engine's, and no request's own: all of them begin again elsewhere
             except SllmError as error:
                 reason = str(error)
             try:

@@ -36,6 +36,9 @@ class LedgerPiece:
     epoch: Epoch
     arrived: float
     logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    vector: bytes | None = None
+    """These three as in `messages.Token`."""
 
 
 class Journal(Protocol):
@@ -56,6 +59,7 @@ class _Entry:
     pieces: list[LedgerPiece] = field(default_factory=list)
     finish: Finish | None = None
     error: str | None = None
+    listeners: tuple[Callable[[], object], ...] = ()
     restarts: int = 0
     restarted_at: int = -1
     """How many pieces there were at the last restart, and how many restarts there have been from there."""
@@ -79,8 +83,10 @@ class TokenLedger:
     and with no lock held; not where it is closed before.
     """
 
-    def __init__(self, register: EpochRegister, *, on_end: Callable[[str], object] | None = None, journal: Journal | None = None) -> None:
-        self._register = register
+    def __init__(
+        self, register: EpochRegister, *, on_end: Callable[[str], object] | None = None, journal: Journal | None = None, max_restarts: int = MAX_RESTARTS,
+    ) -> None:  # fmt: skip
+        self._register, self._max_restarts = register, max_restarts
         self._on_end = on_end
         self._journal = journal
         self._lock = threading.Lock()
@@ -116,8 +122,13 @@ class TokenLedger:
                     taken.append(token)
             if taken and self._journal is not None:
                 self._journal.taken(taken)
+            listeners: dict[Callable[[], object], None] = {}
             for token in taken:
-                self._entries[token.request_id].changed.notify_all()
+                entry = self._entries[token.request_id]
+                entry.changed.notify_all()
+                listeners |= dict.fromkeys(entry.listeners)
+        for listener in listeners:
+            listener()
         for token in taken:
             if token.finish is not None:
                 self._ended(token.request_id)
@@ -138,7 +149,7 @@ class TokenLedger:
             return "had" if same else "refused"
         if behind or entry.over:
             return "refused"
-        entry.pieces.append(LedgerPiece(token.position, token.token_id, token.text, epoch, time.monotonic(), token.logprob))
+        entry.pieces.append(LedgerPiece(token.position, token.token_id, token.text, epoch, time.monotonic(), token.logprob, token.top, token.vector))
         entry.finish = token.finish
         return "taken"
 
@@ -212,10 +223,28 @@ class TokenLedger:
             if not pieces:
                 return
 
-    def pieces(self, request_id: str) -> tuple[LedgerPiece, ...]:
-        """What has been accepted so far. Raises ModelError for a request that is not open."""
+    def listen(self, request_id: str, listener: Callable[[], object]) -> None:
+        """From now on `listener()` is called after each delivery to the request, with no lock held, on the thread that delivered: it
+        returns soon and raises nothing. Raises ModelError for a request that is not open."""
         with self._lock:
-            return tuple(self._entry(request_id).pieces)
+            self._entry(request_id).listeners += (listener,)
+
+    def unlisten(self, request_id: str, listener: Callable[[], object]) -> None:
+        """It is called no more, but for a delivery that is being told. Nothing where it does not listen."""
+        with self._lock:
+            entry = self._entries.get(request_id)
+            if entry is not None:
+                entry.listeners = tuple(each for each in entry.listeners if each != listener)
+
+    def pieces(self, request_id: str, start: int = 0) -> tuple[LedgerPiece, ...]:
+        """What has been accepted so far, from the piece `start` on. Raises ModelError for a request that is not open."""
+        with self._lock:
+            return tuple(self._entry(request_id).pieces[start:])
+
+    def count(self, request_id: str) -> int:
+        """How many pieces have been accepted. Raises ModelError for a request that is not open."""
+        with self._lock:
+            return len(self._entry(request_id).pieces)
 
     def finish(self, request_id: str) -> Finish | None:
         """How the text ended, None while it goes on. Raises ModelError for a request that is not open."""
@@ -240,7 +269,7 @@ class TokenLedger:
         """Claims a request for a new owner and gives the state from which that one goes on; None if it is over or closed, or
         somebody else has claimed it. No token is taken meanwhile, so the session misses none.
 
-        A request that was begun again `MAX_RESTARTS` times and has given no token since fails instead; where the request cannot have
+        A request that was begun again `max_restarts` times and has given no token since fails instead; where the request cannot have
         been at fault (it begins, or was taken from an owner that lives), it does not count (`blame`).
         """
         with self._lock:
@@ -252,9 +281,9 @@ class TokenLedger:
             if blame:
                 entry.restarts = entry.restarts + 1 if said == entry.restarted_at else 1
                 entry.restarted_at = said
-            if entry.restarts <= MAX_RESTARTS:
+            if entry.restarts <= self._max_restarts:
                 return _advanced(entry.session, entry.pieces), epoch
-            self._end(entry, None, f"it was begun again {MAX_RESTARTS} times and gave no token; it may be what its workers died of")
+            self._end(entry, None, f"it was begun again {self._max_restarts} times and gave no token; it may be what its workers died of")
         self._ended(request_id)
         return None
 
@@ -267,9 +296,11 @@ class TokenLedger:
 
 def _advanced(session: Session, pieces: Sequence[LedgerPiece]) -> Session:
     """`session` after it has given `pieces`; what a stop string holds back is the engine's to find again."""
+    if not pieces:
+        return session
     return replace(
         session,
         token_ids=(*session.token_ids, *(piece.token_id for piece in pieces)),
         emitted_text_nchars=session.emitted_text_nchars + sum(len(piece.text) for piece in pieces),
-        held_text=None if pieces else session.held_text,
+        held_text=None,
     )

@@ -21,13 +21,14 @@ Verdict = Literal["taken", "had", "stale", "refused"]
 """What the ledger says to a token: "had" to an exact repeat, "stale" to one of an epoch that is over, "refused" to one that
 leaves a gap, contradicts an earlier one, or comes after the end."""
 
+MAX_VECTOR_NBYTES = 1 << 16
 MAX_TOKENS = 256
 """Tokens in one delivery; the texts of so many stay far below what a channel takes."""
 
 
-class Token(Message, frozen=True):
-    """One token of a request's text, as the owner in `epoch` gave it; the last one says how the text ended. `logprob` is the
-    logarithm of its probability, where the engine says it."""
+class Token(Message, frozen=True, omit_defaults=True):
+    """One token of a request's text, as the owner in `epoch` gave it; the last one says how the text ended. Where the request asks for it: the
+    natural logarithm of its probability and of those of the likeliest tokens, or the prompt's embedding (see `inference.requests`)."""
 
     request_id: RequestName
     epoch: Count
@@ -36,6 +37,8 @@ class Token(Message, frozen=True):
     text: Text
     finish: Finish | None = None
     logprob: float | None = None
+    top: Annotated[tuple[tuple[Count, float], ...], Meta(max_length=20)] = ()
+    vector: Annotated[bytes, Meta(max_length=MAX_VECTOR_NBYTES)] | None = None
 
 
 class Owner(Message, frozen=True):

@@ -22,6 +22,8 @@ from sllm_mini.wire import Channel, Connections, connect
 
 ANSWER_SECONDS = 2.0
 """How long an answer may take, finding the arbiter included; it only looks into a dictionary."""
+_VECTORS_NBYTES = 256 << 10
+"""Of embeddings that go in one message with one more."""
 TRIES = 2
 """How often a question is asked."""
 _A = TypeVar("_A", bound=messages.Answer)
@@ -92,9 +94,13 @@ class OwnershipClient:
     def deliver(self, tokens: Sequence[messages.Token]) -> list[messages.Verdict]:
         """See `TokenLedger.deliver`."""
         verdicts: list[messages.Verdict] = []
-        for first in range(0, len(tokens), messages.MAX_TOKENS):
-            verdicts += self._ask(messages.Deliver(list(tokens[first : first + messages.MAX_TOKENS])), messages.Verdicts).verdicts
-        return verdicts
+        together: list[messages.Token] = []
+        for token in tokens:
+            if len(together) == messages.MAX_TOKENS or (token.vector is not None and sum(len(each.vector or b"") for each in together) > _VECTORS_NBYTES):
+                verdicts += self._ask(messages.Deliver(together), messages.Verdicts).verdicts
+                together = []
+            together.append(token)
+        return verdicts + self._ask(messages.Deliver(together), messages.Verdicts).verdicts if together else verdicts
 
     def give_up(self, request_id: str, epoch: int, reason: str) -> bool:
         """See `TokenLedger.give_up`."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from sllm_mini.errors import WireError
+from sllm_mini.errors import SllmError, WireError
 from sllm_mini.inference.migration import MoveOptions, migrate
 from sllm_mini.inference.migration.messages import Mode, Report
 from sllm_mini.inference.migration.target import MigrationServer
@@ -35,7 +35,8 @@ class EngineService:
     in at `address`; `pace_seconds` is slept after each step, so that a text can be watched.
 
     `on_error` is called once, on the thread that steps, with an error of a step that is no request's own, or with the feed's once
-    the ledger cannot be told any more: nothing is stepped after it. `whole` says whether every byte of the weights is there.
+    the ledger cannot be told any more: nothing is stepped after it. `whole` says whether every byte of the weights is there, and raises
+    what ended their load: an error of no request's own either.
     Raises WireError if the address cannot be had.
     """
 
@@ -95,16 +96,32 @@ class EngineService:
         if epoch is not None:
             self._feed.leave(request_id, epoch)
 
+    def go_on_with(self, engine: Engine) -> None:
+        """All that it runs goes on in another engine of the same weights, from the last token, and whatever comes from now on. Waits for moves
+        out. The one before is the caller's to close. Raises WireError where such a move does not end, and what `TokenFeed.go_on_with` raises."""
+        with self._left:
+            if not self._left.wait_for(lambda: not self._leaving, _MOVES_OUT_SECONDS):
+                raise WireError(f"{self._leaving} requests of {self.owner} are still being moved; end its process")
+            self._feed.go_on_with(engine)
+            self.engine = engine
+        self._awake.set()
+
     def stuck_seconds(self) -> float:
         """For how long the step under way has not ended, waiting for its turn and telling of failures included; 0 between steps, and
         while bytes are missing that it may be waiting for. A step that has nothing to do ends at once."""
         now = time.monotonic()
-        if self._whole_since is None:
-            if not self._whole():
+        try:
+            if not self._look_whole():
                 return 0.0
-            self._whole_since = now
+        except SllmError:
+            return 0.0  # the thread that steps tells it
         begun = self._step_since
-        return 0.0 if begun is None else now - max(begun, self._whole_since)
+        return 0.0 if begun is None or self._whole_since is None else now - max(begun, self._whole_since)
+
+    def _look_whole(self) -> bool:
+        if self._whole_since is None and self._whole():
+            self._whole_since = time.monotonic()
+        return self._whole_since is not None
 
     def cut(self) -> None:
         """From now on nothing more is said to the ledger and nothing is stepped, as if the machine had failed; returns at once, and
@@ -135,6 +152,7 @@ class EngineService:
             while not self._closed.is_set():
                 self._step_since = time.monotonic()
                 worked = self.engine.step()
+                self._look_whole()
                 self._feed.report_failures()
                 self._step_since = None
                 if self._feed.error is not None:

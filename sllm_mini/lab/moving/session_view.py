@@ -20,6 +20,8 @@ _MEANINGS = {
     "sampling": "how tokens are chosen; the random number is a function of seed and position",
     "stop": "strings that end the text",
     "stop_at_eos": "whether the model may end it",
+    "logprobs": "of how many of the likeliest tokens the reader is told",
+    "embed": "whether the answer is a vector instead of a text",
     "emitted_text_nchars": "stream position: characters the reader has",
     "held_text": "stop buffer: text that may still become a stop string",
     "timings": "what it has cost so far",

@@ -2,7 +2,9 @@
 
 The server is a process of its own on the loopback address; the kernel sends files straight from the page cache
 (`sendfile`). The limit of a load from it is the same ranges read by plain threads, each on one connection and straight
-into memory that is there already, with nothing checked and nothing kept. Shown in chapter 03.
+into memory that is there already, with nothing checked and nothing kept. Shown in chapter 03. With a rate it stands for
+a remote store: each folder of its address (`ORIGIN/model-03`) comes at so many bytes a second, however many read it, or
+each connection gives so many, as object stores do.
 """
 
 from __future__ import annotations
@@ -21,19 +23,22 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import unquote
 
+from sllm_mini.cluster.rate import TokenBucket
 from sllm_mini.errors import RemoteError
 
 _HOST = "127.0.0.1"
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
+_SLICE_NBYTES = 64 << 10
 
 
 class Origin:
-    """The server as a process; `url` is the folder's address. As a context manager it leaves no process behind. Raises
-    RemoteError if it does not start."""
+    """The server as a process; `url` is the folder's address, as is any other name in place of its last one. As a context manager
+    it leaves no process behind. Raises RemoteError if it does not start."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, bytes_per_second: float | None = None, *, per_connection: bool = False) -> None:
+        rate = [] if bytes_per_second is None else [repr(bytes_per_second), "connection" if per_connection else "folder"]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import main; main()", str(folder.resolve())],
+            [sys.executable, "-c", f"from {__name__} import main; main()", str(folder.resolve()), *rate],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         said = self._process.stdout.readline() if self._process.stdout is not None else b""
@@ -61,8 +66,9 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
-    def __init__(self, folder: Path, *given: object) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, bytes_per_second: float | None, buckets: dict[str, TokenBucket] | None, *given: object) -> None:
+        self._folder, self._bytes_per_second = folder, bytes_per_second
+        self._buckets = {} if buckets is None else buckets  # a handler is one connection
         super().__init__(*given)  # type: ignore[arg-type]
 
     def do_GET(self) -> None:
@@ -78,7 +84,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._answer(206 if asked else 200, end - start, f"bytes {start}-{end - 1}/{total}" if asked else None)
         with path.open("rb") as file:
-            self.connection.sendfile(file, start, end - start)
+            if self._bytes_per_second is None:
+                self.connection.sendfile(file, start, end - start)
+                return
+            bucket = self._buckets.setdefault(self.path.rpartition("/")[0], TokenBucket(self._bytes_per_second))
+            for at in range(start, end, _SLICE_NBYTES):
+                nbytes = min(_SLICE_NBYTES, end - at)
+                bucket.take(nbytes)
+                self.connection.sendfile(file, at, nbytes)
 
     def _answer(self, status: int, nbytes: int, content_range: str | None = None) -> None:
         self.send_response_only(status)
@@ -96,9 +109,9 @@ class _Server(ThreadingHTTPServer):
         """A client that went away is nobody's error here."""
 
 
-def serve(folder: Path) -> None:
+def serve(folder: Path, bytes_per_second: float | None = None, *, per_connection: bool = False) -> None:
     """Serves `folder`, says its port on standard output, and ends with its standard input."""
-    server = _Server((_HOST, 0), partial(_Handler, folder))
+    server = _Server((_HOST, 0), partial(_Handler, folder, bytes_per_second, None if per_connection else dict[str, TokenBucket]()))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_address[1], flush=True)
     sys.stdin.read()
@@ -106,8 +119,8 @@ def serve(folder: Path) -> None:
 
 
 def main() -> None:
-    """What the process runs; its argument is the folder."""
-    serve(Path(sys.argv[1]))
+    """What the process runs; its arguments are the folder and, where there is a rate, that and of what it is."""
+    serve(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else None, per_connection=sys.argv[3:] == ["connection"])
 
 
 def seconds_to_fetch(port: int, files: Sequence[tuple[str, int]], chunk_nbytes: int, threads: int) -> float:

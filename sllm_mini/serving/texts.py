@@ -1,0 +1,116 @@
+"""What the server knows of a model's text: its tokenizer and how long its context is, read from its folder when the first request comes.
+Chapter 11."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sllm_mini.cluster.api import Cluster, Deployment
+from sllm_mini.errors import ModelError
+from sllm_mini.inference.text import load_tokenizer
+from sllm_mini.serving.errors import ApiError, unknown_model
+from sllm_mini.serving.logprobs import TokenNames
+from sllm_mini.storage.remote import open_remote
+
+SHORT_NCHARS = 2048
+"""A text of so many characters is encoded in well under a millisecond; longer ones are no matter for the event loop."""
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """Of one deployment. What its folder does not tell is None. Safe from several threads."""
+
+    deployment: Deployment
+    tokenizer: Any | None
+    context_tokens: int | None
+    vocabulary: int | None
+    names: TokenNames = field(default_factory=lambda: TokenNames(None))
+
+    @property
+    def name(self) -> str:
+        return self.deployment.spec.name
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids of a text; with `special` also those that the model's texts begin with. Raises ApiError(400) without a tokenizer."""
+        return [int(token_id) for token_id in self._known()(text, add_special_tokens=special, verbose=False)["input_ids"]]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Raises ApiError(400) without a tokenizer."""
+        return str(self._known().decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _known(self) -> Any:
+        if self.tokenizer is None:
+            raise ApiError(400, "unsupported_model", f"{self.name} has no tokenizer that can be read here; give the prompt as token ids", param="model")
+        return self.tokenizer
+
+
+class Texts:
+    """Of all models of a cluster. Safe from several threads; reading one makes those wait that want the same or another new one."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._lock = threading.Lock()
+        self._known: dict[str, ModelText] = {}
+
+    def find(self, name: str) -> ModelText | None:
+        """What was read already, None where `read` is to be called: that takes its time. Raises ApiError(404)."""
+        known = self._known.get(name)
+        return known if known is not None and known.deployment is self._deployment(name) else None
+
+    def read(self, name: str) -> ModelText:
+        """The first time it reads the folder, or what lies beside the weights at an address, and imports transformers. Raises ApiError(404),
+        ModelError for files that make no tokenizer, and what opening a remote checkpoint raises."""
+        deployment = self._deployment(name)
+        with self._lock:
+            known = self._known.get(name)
+            if known is None or known.deployment is not deployment:
+                known = self._known[name] = _read(deployment)
+        return known
+
+    def _deployment(self, name: str) -> Deployment:
+        found = next((each for each in self._cluster.models() if each.spec.name == name), None)
+        if found is None:
+            self._known.pop(name, None)
+            raise unknown_model(name)
+        return found
+
+
+def _read(deployment: Deployment) -> ModelText:
+    if "://" not in deployment.source:
+        return _read_folder(deployment, Path(deployment.source))
+    with tempfile.TemporaryDirectory(prefix="sllm-mini-") as made:
+        folder = Path(made, "checkpoint")
+        open_remote(deployment.source, folder).close()  # what lies beside the weights
+        return _read_folder(deployment, folder)
+
+
+def _read_folder(deployment: Deployment, folder: Path) -> ModelText:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is not None:
+        tokenizer("", verbose=False)  # the first call may change how it truncates, which two threads must not do at once
+    config = _config(folder / "config.json")
+    inner = config.get("text_config")
+    figures = {**config, **inner} if isinstance(inner, dict) else config
+    context = next((figures[name] for name in _CONTEXT if name in figures), None)
+    return ModelText(deployment, tokenizer, _whole(context), _whole(figures.get("vocab_size")), TokenNames(tokenizer))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ModelError(f"{path} is no JSON ({error}); convert the model again") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _whole(value: object) -> int | None:
+    return value if type(value) is int and value > 0 else None
