@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from msgspec import structs
 
 from sllm_mini.cli import terminal
 from sllm_mini.cli.checkpoints import parse_nbytes
@@ -110,6 +109,8 @@ def serve(
 
 def _new(given: Sequence[Deployment], before: Sequence[Deployment]) -> list[Deployment]:
     """Those of the command line that are not known. What was known is as it was last; from another folder it is that of the command line."""
+    from msgspec import structs
+
     known = {each.spec.name: each for each in before}
     found = []
     for each in given:

@@ -14,6 +14,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import blake2b
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +27,7 @@ from sllm_mini.serving.options import ServeOptions, is_loopback
 log = logging.getLogger("sllm_mini.serving")
 _ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 _FREE = ("/health",)
+_LINGER_SECONDS = 1.0
 
 
 class Gate:
@@ -44,14 +46,18 @@ class Gate:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         name = given if _ID.fullmatch(given) else b"req_" + secrets.token_hex(12).encode()
-        begun = False
+        begun, too_large = False, False
 
         async def answer(message: Message) -> None:
-            nonlocal begun
+            nonlocal begun, too_large
             if message["type"] == "http.response.start":
-                begun = True
+                begun, too_large = True, message["status"] == 413
                 self._meter.answered(scope, message["status"])
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", name)]}
+            elif too_large and not message.get("more_body", False):  # whoever is still sending would find the connection broken, and the answer with it
+                await send({**message, "more_body": True})
+                await _throw_away(receive)
+                message = {"type": "http.response.body", "body": b""}
             await send(message)
 
         self.open_requests += 1
@@ -126,6 +132,14 @@ async def _refuse(send: Send, error: ApiError) -> None:
     headers = {**error.headers, "content-length": str(len(body)), "connection": "close"}
     await send({"type": "http.response.start", "status": error.status, "headers": [(key.encode(), value.encode()) for key, value in headers.items()]})
     await send({"type": "http.response.body", "body": body})
+
+
+async def _throw_away(receive: Receive) -> None:
+    """What still comes of a body, for a while."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_SECONDS):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 def _host(value: str) -> str:
