@@ -17,6 +17,7 @@ REPORT_FLAGS ?=
 BIN := .venv/bin
 SETUP := .venv/.setup-done
 ORACLES := .venv/oracles
+CLIENTS := .venv/clients
 CHAPTERS := $(sort $(wildcard chapters/[0-9][0-9]_*.ipynb))
 FIRST := $(firstword $(wildcard chapters/00_*.ipynb))
 
@@ -32,14 +33,16 @@ help: ## this list
 setup: $(SETUP) ## make the environment .venv from requirements.lock
 
 # torchao and peft lie apart, in a folder that only their tests see: transformers imports what it finds of them at each
-# start, and here starts are what is measured.
-$(SETUP): requirements.lock requirements-oracles.lock pyproject.toml
+# start, and here starts are what is measured. The clients that the server is tested with have an environment of their own.
+$(SETUP): requirements.lock requirements-oracles.lock requirements-clients.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sllm_mini needs Python 3.11 or newer; name one with: make setup PYTHON=python3.12" >&2; exit 1; }
 	@echo "Making the environment .venv: some minutes and 2 GB the first time."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements.lock
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --no-build-isolation --editable .
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --upgrade --target $(ORACLES) -r requirements-oracles.lock
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-clients.lock
 	@$(cuda_extra)
 	@touch $@
 	@echo "The environment is ready: make lab, make test, or source .venv/bin/activate and sllm-mini tour."
