@@ -5,7 +5,9 @@ Oracles: transformers' own `generate`, its logits processors, its `decode`, and 
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
 import math
 import random
 import subprocess
@@ -28,6 +30,7 @@ from sllm_mini.errors import IntegrityError, ModelError
 from sllm_mini.inference import Completion, Detokenizer, Engine, Piece, SamplingOptions, TextDecoder, load_tokenizer
 from sllm_mini.inference import sampler as sampler_module
 from sllm_mini.inference.sampler import choose_token, draw, filter_logits
+from sllm_mini.inference.text import detokenize, tokenize
 from sllm_mini.types import SpanRecorder
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -597,6 +600,40 @@ def test_streamed_text_is_the_tokenizers_own_decoding_of_any_tokens(name: str, d
         assert expected == tokenizer.decode(ids, skip_special_tokens=True)
     if "\ufffd" not in expected:
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(text=st.text(st.sampled_from("ab the in  \né日🦊½<s>/[]"), max_size=60), special=st.booleans())
+def test_a_text_has_the_ids_that_transformers_gives_it(name: str, text: str, special: bool) -> None:
+    tokenizer = tokenizer_of(name)
+    assert tokenize(tokenizer, text, special=special) == tokenizer(text, add_special_tokens=special)["input_ids"]
+
+
+def test_a_tokenizer_that_adds_something_of_its_own_is_asked_itself() -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    class Marked(PreTrainedTokenizerFast):
+        def _encode_plus(self, text: Any, *args: Any, **named: Any) -> Any:
+            return super()._encode_plus(f"the {text}", *args, **named)
+
+        def _decode(self, *args: Any, **named: Any) -> str:
+            return super()._decode(*args, **named).upper()
+
+    plain = tokenizer_of("byte_level")
+    marked = Marked(tokenizer_object=plain.backend_tokenizer)
+    assert tokenize(marked, "in") == tokenize(plain, "the in") != tokenize(plain, "in")
+    assert detokenize(marked, tokenize(plain, "in")) == "IN"
+
+
+def test_a_text_keeps_its_length_whatever_the_tokenizers_file_cuts_and_fills(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tokenizer_of("byte_level"))
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=400)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, text = load_tokenizer(tmp_path), CORPUS[0]
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]
+    assert tokenize(loaded, text) == tokenizer_of("byte_level")(text)["input_ids"]
 
 
 @pytest.mark.parametrize("name", ["byte_level", "byte_fallback", "metaspace"])

@@ -24,7 +24,7 @@ from sllm_mini.inference.requests import Completion, Generation, OnPiece, Reques
 from sllm_mini.inference.sampler import SamplingOptions
 from sllm_mini.inference.session import Session, request_problem
 from sllm_mini.inference.stopping import TextStream
-from sllm_mini.inference.text import TextDecoder, load_tokenizer
+from sllm_mini.inference.text import TextDecoder, load_tokenizer, tokenize
 from sllm_mini.types import SpanRecorder, Warmth
 
 GREEDY = SamplingOptions()
@@ -122,8 +122,7 @@ class Engine(Movable):
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ModelError("this model came without a tokenizer; give the prompt as token ids")
-            # Not verbose: of a text that is too long our own check tells, which knows the model's limit and what to do.
-            token_ids = [int(token_id) for token_id in self.tokenizer(prompt, verbose=False)["input_ids"]]
+            token_ids = tokenize(self.tokenizer, prompt)
         else:
             try:
                 token_ids = [operator.index(token_id) for token_id in prompt]

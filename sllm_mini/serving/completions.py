@@ -25,13 +25,13 @@ from sllm_mini.serving.chat_protocol import ChatCompletion, ChatRequest, Message
 from sllm_mini.serving.common_protocol import Done, StreamOptions, Usage, error_answers
 from sllm_mini.serving.logprobs import TokenNames
 from sllm_mini.serving.preload import preload
-from sllm_mini.serving.reading import body_document, read_body
+from sllm_mini.serving.reading import DirectRoute, body_document, read_body
 from sllm_mini.serving.relay import Relay, until_gone
 from sllm_mini.serving.state import State, state_of
 from sllm_mini.serving.text_protocol import CompletionRequest, TextCompletion
 from sllm_mini.serving.texts import SHORT_NCHARS, ModelText
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 _FIELDS = {name for model in (Message, Part, StreamOptions) for name in model.model_fields}
 _ANSWERS = {200: {"content": {"text/event-stream": {}}}, **error_answers(400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)}
 _LONG = 3600.0

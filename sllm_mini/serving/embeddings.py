@@ -21,12 +21,12 @@ from sllm_mini.serving.asking import embedding_asks, keep_alive_of
 from sllm_mini.serving.common_protocol import Usage, Wire, error_answers
 from sllm_mini.serving.completions import answer_whole, encode_text, find_model
 from sllm_mini.serving.errors import invalid
-from sllm_mini.serving.reading import body_document, read_body
+from sllm_mini.serving.reading import DirectRoute, body_document, read_body
 from sllm_mini.serving.state import state_of
 from sllm_mini.serving.text_protocol import TokenId
 
 HOW = "mean of last hidden states"
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 
 class EmbeddingRequest(Wire):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
@@ -15,6 +17,14 @@ from sllm_mini.serving.errors import ApiError, invalid
 from sllm_mini.serving.state import state_of
 
 M = TypeVar("M", bound=BaseModel)
+
+
+class DirectRoute(APIRoute):
+    """Of an endpoint that takes the request alone and gives a response: it is called without the framework looking for what it depends
+    on, which would take 0.2 ms."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return self.endpoint
 
 
 async def read_body(http: Request, kind: type[M], fields: Collection[str] = (), *, empty: bool = False) -> M:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sllm_mini.cluster.api import Cluster, Deployment
 from sllm_mini.errors import ModelError
-from sllm_mini.inference.text import load_tokenizer
+from sllm_mini.inference.text import detokenize, load_tokenizer, tokenize
 from sllm_mini.serving.errors import ApiError, unknown_model
 from sllm_mini.serving.logprobs import TokenNames
 from sllm_mini.storage.remote import open_remote
@@ -39,11 +39,11 @@ class ModelText:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of a text; with `special` also those that the model's texts begin with. Raises ApiError(400) without a tokenizer."""
-        return [int(token_id) for token_id in self._known()(text, add_special_tokens=special, verbose=False)["input_ids"]]
+        return tokenize(self._known(), text, special=special)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Raises ApiError(400) without a tokenizer."""
-        return str(self._known().decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return detokenize(self._known(), token_ids)
 
     def _known(self) -> Any:
         if self.tokenizer is None:
@@ -93,8 +93,6 @@ def _read(deployment: Deployment) -> ModelText:
 
 def _read_folder(deployment: Deployment, folder: Path) -> ModelText:
     tokenizer = load_tokenizer(folder)
-    if tokenizer is not None:
-        tokenizer("", verbose=False)  # the first call may change how it truncates, which two threads must not do at once
     config = _config(folder / "config.json")
     inner = config.get("text_config")
     figures = {**config, **inner} if isinstance(inner, dict) else config

@@ -10,7 +10,7 @@ from typing import Any
 from sllm_mini.cluster.api import Ask, Deployment
 from sllm_mini.errors import ModelError
 from sllm_mini.inference.session import Session, request_problem
-from sllm_mini.inference.text import load_tokenizer
+from sllm_mini.inference.text import load_tokenizer, tokenize
 
 
 class Prompts:
@@ -46,4 +46,4 @@ class Prompts:
             tokenizer = self._tokenizers[deployment.source]
         if tokenizer is None:
             raise ModelError(f"{deployment.source} has no tokenizer that can be read here; give the prompt as token ids")
-        return [int(token_id) for token_id in tokenizer(ask.prompt, verbose=False)["input_ids"]]
+        return tokenize(tokenizer, ask.prompt)
