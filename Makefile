@@ -18,11 +18,12 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 ORACLES := .venv/oracles
 CLIENTS := .venv/clients
+BOOK := .venv/book
 CHAPTERS := $(sort $(wildcard chapters/[0-9][0-9]_*.ipynb))
 FIRST := $(firstword $(wildcard chapters/00_*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test lint chapters browser picture peers ray kernels bench gpu-report
+.PHONY: help setup lab test lint chapters book browser picture peers ray kernels bench gpu-report
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -84,6 +85,13 @@ lint: $(SETUP) ## ruff and mypy
 
 chapters: $(SETUP) ## run every chapter and keep its outputs (CHAPTER_FLAGS=--check writes nothing)
 	$(BIN)/python -m sllm_mini.lab.execute $(CHAPTER_FLAGS) $(CHAPTERS)
+
+$(BOOK)/.done: requirements-book.lock $(SETUP)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --upgrade --target $(BOOK) -r requirements-book.lock
+	@touch $@
+
+book: $(BOOK)/.done ## the chapters, the systems they rebuild and a reference, as a static site in out/book/html
+	PYTHONPATH="$(CURDIR)/$(BOOK)" $(BIN)/python -m sllm_mini.lab.book.build out/book
 
 browser: $(SETUP) ## drive JupyterLab in chromium, as a reader would
 	$(BIN)/python -m pytest -m browser $(TEST_FLAGS) tests/browser
