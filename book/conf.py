@@ -4,6 +4,7 @@ from sllm_mini import __version__
 
 project, author, copyright = "sllm_mini", "the sllm_mini authors", "the sllm_mini authors"
 version = release = __version__
+suppress_warnings = ["ref.python"]  # annotations name types without their package, and two packages have an Event
 extensions = ["myst_nb", "sphinx_copybutton", "sllm_mini.lab.book.extension"]
 html_math_renderer = "mathml"
 
@@ -16,6 +17,7 @@ myst_heading_slug_func = "sllm_mini.lab.book.extension.heading_anchor"
 html_theme = "furo"
 html_title = "sllm_mini"
 html_static_path = ["static"]
+html_favicon = "static/ladder.svg"
 html_css_files = ["book.css"]
 html_show_sourcelink = False
 html_copy_source = False

@@ -62,7 +62,7 @@ def load_tokenizer(source: str | os.PathLike[str] | Checkpoint) -> Any | None:
 
 def tokenize(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     """The token ids of a text by a tokenizer that `load_tokenizer` gave, of whatever length; with `special` also those that the model's
-    texts begin and end with. Takes 20 us for a short text where the tokenizer is a plain one, by way of transformers 300."""
+    texts begin and end with. A short text takes 10 us where transformers adds nothing to the `tokenizers` library, else 60."""
     if (plain := _plain(tokenizer)) is not None:
         return list(plain.encode(text, add_special_tokens=special).ids)
     return [int(token_id) for token_id in tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]

@@ -20,8 +20,8 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class DirectRoute(APIRoute):
-    """Of an endpoint that takes the request alone and gives a response: it is called without the framework looking for what it depends
-    on, which would take 0.2 ms."""
+    """Of an endpoint that takes the request alone and gives a response: it is called without the framework looking for what it
+    depends on."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         return self.endpoint

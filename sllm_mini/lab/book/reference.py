@@ -96,14 +96,28 @@ def signature(function: Callable[..., Any], *, bound: bool = False) -> str:
         found = inspect.signature(function)
     except (TypeError, ValueError):
         return ""
-    parameters = list(found.parameters.values())[1 if bound else 0 :]
-    shown = str(found.replace(parameters=[each if _reads_back(each.default) else each.replace(default=...) for each in parameters]))
+    parameters = [each.replace(annotation=_Plain(each.annotation)) for each in list(found.parameters.values())[1 if bound else 0 :]]
+    told = found.return_annotation if inspect.isroutine(function) else found.empty  # making a class gives one of it
+    shown = str(found.replace(parameters=[each if _reads_back(each.default) else each.replace(default=...) for each in parameters], return_annotation=_Plain(told)))
     shown = shown.replace("Ellipsis", "...")
     try:
         ast.parse(f"def f{shown}: ...")
     except SyntaxError:
         return f"({', '.join(each.name for each in parameters)})"
     return shown
+
+
+class _Plain:
+    """An annotation that is shown as it was written, without quotation marks around it."""
+
+    def __new__(cls, annotation: object) -> Any:
+        return super().__new__(cls) if isinstance(annotation, str) else annotation
+
+    def __init__(self, annotation: object) -> None:
+        self._written = str(annotation)
+
+    def __repr__(self) -> str:
+        return self._written
 
 
 def _reads_back(default: object) -> bool:
