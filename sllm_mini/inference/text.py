@@ -77,11 +77,11 @@ def detokenize(tokenizer: Any, token_ids: Sequence[int]) -> str:
 
 def _plain(tokenizer: Any) -> Any | None:
     """What transformers itself would ask, where its class adds nothing of its own to that."""
-    return tokenizer.backend_tokenizer if _adds_nothing(type(tokenizer)) else None
+    return tokenizer.backend_tokenizer if _adds_nothing(tokenizer.__class__) else None
 
 
 @cache
-def _adds_nothing(kind: type) -> bool:
+def _adds_nothing(kind: type[Any]) -> bool:
     from transformers import PreTrainedTokenizerFast
 
     names = ("__call__", "_encode_plus", "_batch_encode_plus", "decode", "_decode")

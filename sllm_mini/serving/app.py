@@ -9,7 +9,7 @@ from starlette.routing import Match
 
 from sllm_mini import __version__
 from sllm_mini.cluster.api import Cluster
-from sllm_mini.serving import admin, completions, embeddings, models
+from sllm_mini.serving import admin, completions, dashboard, embeddings, models
 from sllm_mini.serving.errors import ApiError
 from sllm_mini.serving.gate import Gate
 from sllm_mini.serving.options import ServeOptions
@@ -28,6 +28,7 @@ def make_app(cluster: Cluster, options: ServeOptions | None = None) -> tuple[Gat
     app.include_router(embeddings.router)
     app.include_router(models.router)
     app.include_router(admin.router)
+    app.include_router(dashboard.router)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _bug)

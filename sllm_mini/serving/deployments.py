@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from pydantic import ConfigDict, Field
 
 from sllm_mini.checkpoint import open_checkpoint
-from sllm_mini.cluster.api import Cluster, Deployment, NodeReport, RequestReport
+from sllm_mini.cluster.api import Cluster, Deployment, Metrics, NodeReport, RequestReport
 from sllm_mini.control.messages import ModelSpec, SpecError
 from sllm_mini.serving.answers import timing
 from sllm_mini.serving.common_protocol import Timing, Wire, duration
@@ -120,9 +120,24 @@ class NodeStatus(Wire):
     store: StoreStatus | None
 
 
+class RequestCounts(Wire):
+    """Since the cluster was opened, but for the first two, which are of now."""
+
+    running: int
+    waiting: int
+    answered: int
+    failed: int
+    """All that are over and were not answered."""
+    turned_away: int
+    cold_starts: dict[WarmthName, int]
+    """Answered requests that waited for a start, by its rung."""
+    migrations: int
+
+
 class Status(Wire):
     """What runs. Reading it wakes nothing."""
 
+    requests: RequestCounts
     models: list[ModelStatus]
     instances: list[InstanceStatus]
     nodes: list[NodeStatus]
@@ -180,8 +195,8 @@ def confined(given: str, roots: Sequence[str], *, allow_remote: bool) -> str:
 
 
 def status_of(cluster: Cluster) -> Status:
-    """Asks the cluster twice, and no model."""
-    nodes, models, now = cluster.nodes(), cluster.models(), cluster.now
+    """Asks the cluster, and no model."""
+    nodes, models, metrics, now = cluster.nodes(), cluster.models(), cluster.metrics(), cluster.now
     instances = [
         InstanceStatus(
             instance=each.instance, node=node.name, model=each.model, warmth=_warmth(each.warmth), climbing_to=None if each.climbing_to is None else _warmth(each.climbing_to),
@@ -189,7 +204,7 @@ def status_of(cluster: Cluster) -> Status:
         )
         for node in nodes for each in node.instances
     ]  # fmt: skip
-    return Status(models=[_model(each, nodes) for each in models], instances=instances, nodes=[_node(each, now) for each in nodes])
+    return Status(requests=_counts(metrics), models=[_model(each, nodes) for each in models], instances=instances, nodes=[_node(each, now) for each in nodes])
 
 
 def request_status(report: RequestReport) -> RequestStatus:
@@ -230,6 +245,15 @@ def _keep_alive(given: float | str | None, before: Deployment | None) -> float |
         return None if given == "policy" else duration(given)
     except ValueError as error:
         raise invalid(str(error), "keep_alive") from None
+
+
+def _counts(metrics: Metrics) -> RequestCounts:
+    answered = metrics.outcomes.get("answered", 0)
+    cold = {_warmth(rung): count for rung, count in metrics.cold_requests.items() if rung < Warmth.READY}
+    return RequestCounts(
+        running=metrics.running, waiting=metrics.waiting, answered=answered, failed=sum(metrics.outcomes.values()) - answered, turned_away=metrics.turned_away, cold_starts=cold,
+        migrations=metrics.migrations,
+    )  # fmt: skip
 
 
 def _model(deployment: Deployment, nodes: Sequence[NodeReport]) -> ModelStatus:

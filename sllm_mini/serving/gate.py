@@ -20,13 +20,15 @@ from hashlib import blake2b
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sllm_mini.serving.buckets import Buckets
+from sllm_mini.serving.dashboard import FILES
 from sllm_mini.serving.errors import ApiError, internal_error, shutting_down
 from sllm_mini.serving.metrics import Meter
 from sllm_mini.serving.options import ServeOptions, is_loopback
 
 log = logging.getLogger("sllm_mini.serving")
 _ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
-_FREE = ("/health",)
+_FREE = ("/health", *FILES)
+"""For these no key is asked."""
 _LINGER_SECONDS = 1.0
 
 

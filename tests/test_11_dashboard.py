@@ -1,0 +1,68 @@
+"""The page that shows the platform: what it is given, what it is drawn with, and that looking at it wakes nothing. How it looks in a
+browser is in browser/test_11_dashboard.py. Chapter 11."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving_world import KEY, World, open_world
+
+import sllm_mini.serving.dashboard as dashboard
+from sllm_mini.lab.style import PALETTE
+from sllm_mini.types import Warmth
+
+FOLDER = Path(dashboard.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with open_world(tmp_path_factory.mktemp("dashboard"), api_keys=(KEY,)) as opened:
+        yield opened
+
+
+def test_the_page_and_what_it_is_drawn_with_come_from_here_without_a_key(world: World) -> None:
+    world = World(world.cluster, world.server, world.source)
+    page = world.send("GET", "/dashboard")
+    assert page.status == 200 and page.headers["content-type"].startswith("text/html")
+    policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == "'none'" and policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'" and policy["frame-ancestors"] == "'none'"
+    fetched = re.findall(r'(?:src|href)="([^"]+)"', page.body.decode())
+    assert {f"/{each}" for each in fetched if not each.startswith("data:")} == dashboard.FILES.keys() - {"/dashboard"}
+    for path, (_, kind) in dashboard.FILES.items():
+        found = world.send("GET", path)
+        assert found.status == 200 and found.headers["content-type"].startswith(kind) and found.headers["x-content-type-options"] == "nosniff"
+        assert b"<script>" not in found.body and b" style=" not in found.body and b"onclick" not in found.body  # the policy would refuse them
+    assert world.send("GET", "/admin/ps").code == "invalid_api_key"
+
+
+def test_nothing_that_comes_is_read_as_html() -> None:
+    script = (FOLDER / "page.js").read_text()
+    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "DOMParser"):
+        assert way not in script
+
+
+def test_the_colours_are_those_of_the_chapters() -> None:
+    styles = (FOLDER / "page.css").read_text()
+    for role in (*(warmth.name.lower() for warmth in Warmth), "disk"):
+        assert f"--{role}: {PALETTE[role]};" in styles
+
+
+def test_looking_wakes_nothing_and_counts_what_was_asked(world: World) -> None:
+    def told() -> dict[str, Any]:
+        return dict(world.send("GET", "/admin/ps").document["requests"])
+
+    log = len(list(world.cluster.log()))
+    for _ in range(5):
+        found = world.send("GET", "/admin/ps").document
+    assert found["instances"] == [] and len(list(world.cluster.log())) == log
+    before = told()
+    assert not sum(before.pop("cold_starts").values()) and not any(before.values())
+    assert world.complete().status == 200 and world.complete().status == 200
+    assert world.cluster.wait(lambda cluster: cluster.metrics().outcomes.get("answered", 0) == 2, 30.0)
+    after = told()
+    assert (after["answered"], after["failed"], after["running"], after["waiting"]) == (2, 0, 0, 0)
+    assert sum(after["cold_starts"].values()) == 1
