@@ -4,7 +4,9 @@ browser is in browser/test_11_dashboard.py. Chapter 11."""
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,12 @@ import pytest
 from serving_world import KEY, World, open_world
 
 import sllm_mini.serving.dashboard as dashboard
+from sllm_mini.cluster.api import Ask
+from sllm_mini.errors import SllmError
+from sllm_mini.lab.figure import Described
+from sllm_mini.lab.platform.panel import Panel
 from sllm_mini.lab.style import PALETTE
+from sllm_mini.lab.table import Table
 from sllm_mini.types import Warmth
 
 FOLDER = Path(dashboard.__file__).parent
@@ -66,3 +73,44 @@ def test_looking_wakes_nothing_and_counts_what_was_asked(world: World) -> None:
     after = told()
     assert (after["answered"], after["failed"], after["running"], after["waiting"]) == (2, 0, 0, 0)
     assert sum(after["cold_starts"].values()) == 1
+
+
+def test_the_panel_of_a_notebook_has_every_stretch_of_time_once(tmp_path: Path) -> None:
+    with open_world(tmp_path, kind="inprocess:2", devices=1) as world, Panel(world.cluster) as panel:
+        def ask(model: str) -> None:
+            for _ in world.cluster.submit(Ask(model, [5, 6, 7], max_new_tokens=100)):
+                pass
+
+        assert panel.render()[-1] is not None and not panel.spans
+        for model in ("a", "b.2"):
+            ask(model)
+        assert world.cluster.wait(lambda _: sum(span.name.endswith("idle, ready") for span in panel.spans) == 2, 30.0)
+        follow, shown = panel.widget().children
+        assert follow.description
+        follow.value, before = True, shown.value
+        ask("a")
+        assert world.cluster.wait(lambda _: shown.value != before, 30.0)
+        follow.value = False
+        assert world.cluster.wait(lambda _: not any(thread.name == "sllm-panel-draw" for thread in threading.enumerate()), 30.0)
+        panel.stop()
+        panel.stop()
+        spans = panel.spans
+        drawn, table = panel.render()
+        assert isinstance(drawn, Described) and "a serves" in drawn.alt_text and isinstance(table, Table)
+    for lane in {span.lane for span in spans}:
+        own = sorted((span for span in spans if span.lane == lane), key=lambda span: span.start)
+        assert all(before.end <= after.start for before, after in pairwise(own))
+        model = own[0].name.split()[0]
+        assert {span.name for span in own} <= {f"{model} climbs to ready", f"{model} serves", f"{model} idle, ready"}
+    assert not any(thread.name.startswith("sllm-panel") for thread in threading.enumerate())
+
+
+def test_the_panel_outlives_its_cluster(tmp_path: Path) -> None:
+    with open_world(tmp_path, names=("a",)) as world:
+        panel = Panel(world.cluster)
+        panel.look()
+    panel.start()
+    panel.stop()
+    with pytest.raises(SllmError):
+        panel.look()
+    assert len(panel.render()) == 1
