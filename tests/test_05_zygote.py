@@ -37,6 +37,7 @@ from sllm_mini.cluster import (
 )
 from sllm_mini.cluster import zygote_process as process_module
 from sllm_mini.cluster.snapshot import SnapshotError, open_snapshot
+from sllm_mini.cluster.zygote import ZygoteGoneError, prepare_in
 from sllm_mini.errors import UnsupportedError
 from sllm_mini.lab.models import tiny_checkpoint
 from sllm_mini.wire import Channel, Message, WireTimeout
@@ -216,6 +217,39 @@ def start(zygote: Zygote, name: str, *args: Any) -> tuple[Child, socket.socket]:
     ours.settimeout(PATIENCE)
     ours.recv(1, socket.MSG_PEEK)
     return child, ours
+
+
+# What a zygote runs itself
+
+
+def test_what_a_zygote_prepared_is_in_every_child_from_then_on(search: Path) -> None:
+    with Zygote([], [*ENTRIES, "zygote_worker:prepare"]) as zygote:
+        before = ask(zygote, "identity")
+        assert prepare_in(zygote.path, "zygote_worker:prepare") == ""
+        after = ask(zygote, "identity")
+        assert before["calls"] == [] and after["calls"] == [zygote.pid] == ask(zygote, "identity")["calls"]
+        assert after["frozen"] >= before["frozen"] > 0 and children_of(zygote.pid) == []
+
+
+def test_what_cannot_be_prepared_is_told_and_the_zygote_goes_on(plain: Zygote) -> None:
+    with pytest.raises(ZygoteError, match="zygote_worker:fail failed: ValueError: worker says no"):
+        prepare_in(plain.path, "zygote_worker:fail")
+    with pytest.raises(ZygoteError, match="fail failed: TypeError"):
+        prepare_in(plain.path, "zygote_worker:fail", 1, 2)
+    with pytest.raises(ZygoteError, match="os:abort is not an entry point of this zygote"):
+        prepare_in(plain.path, "os:abort")
+    with pytest.raises(ValueError, match="travel as JSON"):
+        prepare_in(plain.path, "zygote_worker:fail", object())
+    assert run(plain, "give", 3)[0] == 3
+    with pytest.raises(ZygoteGoneError, match="start a new one"):
+        prepare_in(f"{plain.path}.none", "zygote_worker:fail")
+
+
+def test_who_prepares_with_a_thread_is_told_that_nothing_can_be_forked_any_more(search: Path) -> None:
+    with Zygote([], [*ENTRIES, "zygote_worker:start_thread"]) as zygote:
+        assert "started 1 thread" in prepare_in(zygote.path, "zygote_worker:start_thread")
+        with pytest.raises(ZygoteError, match="started 1 thread"):
+            zygote.fork("zygote_worker:give", 1)
 
 
 # A child is a process of its own

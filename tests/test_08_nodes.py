@@ -108,8 +108,11 @@ class Launches:
     def __init__(self, make: Callable[[str], Worker]) -> None:
         self._make = make
 
-    def launch(self, name: str, on_death: Callable[[str], None]) -> Worker:
+    def launch(self, name: str, on_death: Callable[[str], None], *, measure: bool = True) -> Worker:
         return self._make(name)
+
+    def prepare(self, source: str) -> None:
+        pass
 
     def shared_nbytes(self) -> int:
         return 0

@@ -11,7 +11,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -145,18 +144,17 @@ class Instance:
         """Makes the engine, which may run while bytes still arrive, or gives the one there is. Raises ModelError for a model that
         cannot be run, NodeError once the instance was stopped; it holds what it held before then."""
         from sllm_mini.inference import Engine, load_tokenizer, stream_model
+        from sllm_mini.inference.templates import take
 
         with self._lock:
             load = self._held()
             if self._running is not None:
                 return self._running[0]
-            recorder = self._recorder
-            with ThreadPoolExecutor(1, "sllm-node-tokenizer") as beside:  # it is parsed without the interpreter's lock
-                reading = beside.submit(load_tokenizer, load.checkpoint)
-                loading: Any = load  # it has what stream_model asks for, most of it the attachment's own
-                streamed = stream_model(loading, recorder=recorder)
-                with recorder.span("tokenizer", warmth=Warmth.DRAM):
-                    tokenizer = reading.result()
+            recorder, template = self._recorder, take(load.checkpoint)
+            loading: Any = load  # it has what stream_model asks for, most of it the attachment's own
+            streamed = stream_model(loading, recorder=recorder, skeleton=None if template is None else template.model)
+            with recorder.span("tokenizer", warmth=Warmth.DRAM):
+                tokenizer = load_tokenizer(load.checkpoint) if template is None else template.tokenizer
             with recorder.span("engine", warmth=Warmth.READY):
                 engine = Engine(streamed.model, tokenizer, max_batch=max_batch, name=load.checkpoint.digest, recorder=recorder)
             self._arrived = threading.Event()

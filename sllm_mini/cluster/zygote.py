@@ -39,7 +39,7 @@ import msgspec
 
 from sllm_mini.cluster.runtime import RUNTIME
 from sllm_mini.cluster.zygote_child import flush_standard
-from sllm_mini.cluster.zygote_messages import Begin, Exited, Failed, Fork, Forked, Ready, Signal
+from sllm_mini.cluster.zygote_messages import Begin, Exited, Failed, Fork, Forked, Prepare, Prepared, Ready, Signal
 from sllm_mini.errors import SllmError, WireError
 from sllm_mini.wire import Channel, ChannelClosed, WireTimeout, connect
 from sllm_mini.wire.channel import deadline_of, hold
@@ -277,10 +277,7 @@ def fork_from(path: str | os.PathLike[str], entry: str, /, *args: Any, options: 
     """
     given = options or ForkOptions()
     patience = _PATIENCE_SECONDS if given.patience is None else given.patience
-    try:
-        arguments = msgspec.json.encode([args, named])
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{entry}: the arguments of a child travel as JSON, and these do not: {error}") from error
+    arguments = _arguments(entry, args, named)
     environment = os.environb if given.environment is None else {os.fsencode(name): os.fsencode(value) for name, value in given.environment.items()}
     request = Fork(entry, arguments, dict(environment), os.fsencode(os.path.abspath(given.folder or os.getcwd())))
     standard = [_fd_of(given.stdin, 0), _fd_of(given.stdout, 1), _fd_of(given.stderr, 2)]
@@ -303,6 +300,30 @@ def fork_from(path: str | os.PathLike[str], entry: str, /, *args: Any, options: 
         channel.close()
         raise ZygoteError(f"{entry} was not forked: {answer.message}" if isinstance(answer, Failed) else f"{entry} was not forked")
     return Child(answer.pid, entry, channel, received.fds[0], patience)
+
+
+def prepare_in(path: str | os.PathLike[str], entry: str, /, *args: Any, patience: float = _PATIENCE_SECONDS, **named: Any) -> str:
+    """Has the zygote that listens at `path` run `entry`, one of its list, itself: children that are forked later have what it made. Returns
+    once it has, with the reason why that zygote can fork no more, "" as it should be. Raises ZygoteGoneError if no zygote answers
+    there within `patience` seconds, ZygoteError if the entry is not on its list or fails, ValueError as `fork_from`."""
+    request = Prepare(entry, _arguments(entry, args, named))
+    try:
+        with Channel(connect(path, timeout=patience), Prepared | Failed, name=f"zygote that prepares {entry}") as channel:
+            channel.send(request, timeout=patience)
+            with channel.receive(patience) as received:
+                answer = received.message
+    except WireError as error:
+        raise ZygoteGoneError(f"the zygote at {os.fspath(path)} did not prepare {entry} ({error}); start a new one") from error
+    if isinstance(answer, Failed):
+        raise ZygoteError(answer.message)
+    return str(answer.why_not)
+
+
+def _arguments(entry: str, args: Any, named: Any) -> bytes:
+    try:
+        return msgspec.json.encode([args, named])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{entry}: the arguments of a child travel as JSON, and these do not: {error}") from error
 
 
 def _fd_of(given: Descriptor | None, standard: int) -> int:

@@ -1,7 +1,8 @@
 """What is said to a zygote and by it. Explained in chapter 05.
 
 Its owner says `Begin` once, over the socket pair that it started the zygote with, and is answered `Ready` or `Failed`.
-Every other connection is one child: `Fork`, answered by `Forked` or `Failed`, then any number of `Signal`, then `Exited`.
+Every other connection is one child: `Fork`, answered by `Forked` or `Failed`, then any number of `Signal`, then `Exited`; or
+one question: `Prepare`.
 The connection is the child's lease: the kernel closes it for a client that dies, and the zygote ends the child.
 """
 
@@ -51,6 +52,20 @@ class Fork(Message, frozen=True):
     arguments: bytes
     environment: dict[bytes, bytes]
     folder: bytes
+
+
+class Prepare(Message, frozen=True):
+    """Asks the zygote to run `entry` itself, with arguments as for `Fork`: what that makes is in every child from then on. Answered by
+    `Prepared` or `Failed`; nothing is forked meanwhile."""
+
+    entry: Name
+    arguments: bytes
+
+
+class Prepared(Message, frozen=True):
+    """It ran. `why_not`: why this zygote can fork no more, which nothing that it runs should bring about."""
+
+    why_not: Text = ""
 
 
 class Forked(Message, frozen=True):

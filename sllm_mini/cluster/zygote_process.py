@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import os
 import resource
 import select
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from sllm_mini.cluster.zygote_child import Entry, become
-from sllm_mini.cluster.zygote_messages import Begin, Exited, Failed, Fork, Forked, Ready, Signal
+from sllm_mini.cluster.zygote_messages import Begin, Exited, Failed, Fork, Forked, Prepare, Prepared, Ready, Signal
 from sllm_mini.errors import SllmError, WireError
 from sllm_mini.wire import Channel, ChannelClosed, Listener, Message, Received, WireTimeout, listen
 
@@ -146,7 +147,7 @@ class _Zygote:
         except WireError:
             time.sleep(0.1)  # the machine is out of descriptors; the children that run need none
         else:
-            lease = _Lease(Channel(sock, Fork | Signal, name="client of the zygote"), sock.fileno())
+            lease = _Lease(Channel(sock, Fork | Prepare | Signal, name="client of the zygote"), sock.fileno())
             self._leases[lease.fd] = lease
 
     def _request(self, lease: _Lease) -> None:
@@ -165,15 +166,32 @@ class _Zygote:
                         os.killpg(lease.pid, message.number)
             elif lease.pid:
                 self._drop(lease)
+            elif isinstance(message, Prepare):
+                self._answer(lease, self._prepare(message))
+                self._drop(lease)
             else:
                 answer = self._fork(lease, received)
                 self._answer(lease, answer, fds=[lease.pidfd] if isinstance(answer, Forked) else [])
+
+    def _prepare(self, request: Prepare) -> Prepared | Failed:
+        """What it makes is frozen like what was imported."""
+        if request.entry not in self._entries:
+            return Failed(_unknown(request.entry, self._entries))
+        try:
+            given, named = json.loads(request.arguments)
+            self._entries[request.entry](*given, **named)
+        except Exception as error:  # noqa: BLE001 - it is told
+            return Failed(f"{request.entry} failed: {type(error).__name__}: {error}"[:8000])
+        finally:
+            gc.collect()
+            gc.freeze()
+        return Prepared(why_not_forkable() or "")
 
     def _fork(self, lease: _Lease, received: Received[Fork]) -> Forked | Failed:
         """Forks; the child leaves by `become` and never comes back here."""
         request = received.message
         if request.entry not in self._entries:
-            return Failed(f"{request.entry} is not an entry point of this zygote; it runs {', '.join(sorted(self._entries)) or 'nothing'}")
+            return Failed(_unknown(request.entry, self._entries))
         if len(received.fds) < 3:
             return Failed("a child needs its standard input, output and error")
         if reason := why_not_forkable():
@@ -223,6 +241,10 @@ class _Zygote:
         lease.channel.close()
         if lease.pid:
             _kill(lease)
+
+
+def _unknown(entry: str, entries: Mapping[str, Entry]) -> str:
+    return f"{entry} is not an entry point of this zygote; it runs {', '.join(sorted(entries)) or 'nothing'}"
 
 
 def _import(begin: Begin) -> dict[str, Entry]:

@@ -105,12 +105,12 @@ class StreamedModel:
                 self._gate.fail()
 
 
-def stream_model(loading: Loading, *, recorder: SpanRecorder | None = None) -> StreamedModel:
+def stream_model(loading: Loading, *, recorder: SpanRecorder | None = None, skeleton: PreTrainedModel | None = None) -> StreamedModel:
     """A transformers causal language model around a load that is under way, in evaluation mode, at once.
 
     `recorder` gets the spans "skeleton" and "fill", and for each layer of the first pass its name on the lanes "wait"
     (for bytes) and "compute" (on a GPU: enqueueing its kernels). A checkpoint that cannot be filled without reading
-    bytes (see `StreamedModel.fallback`) is waited for first. Raises what `load_model` raises; the load then goes on,
+    bytes (see `StreamedModel.fallback`) is waited for first. `skeleton` is one that was built of this checkpoint before. Raises what `load_model` raises; the load then goes on,
     and ending it is the caller's to do. Safe from several threads on different loads.
     """
     from sllm_mini.loading.model import build_skeleton, fill
@@ -118,7 +118,7 @@ def stream_model(loading: Loading, *, recorder: SpanRecorder | None = None) -> S
     recorder = recorder or SpanRecorder()
     checkpoint = loading.checkpoint
     with recorder.span("skeleton", warmth=Warmth.DRAM):
-        model = build_skeleton(checkpoint)
+        model = build_skeleton(checkpoint) if skeleton is None else skeleton
     tensors = loading.tensors
     device = str(next(iter(tensors.values())).device) if tensors else "cpu"
     fallback = _needs_bytes(model, checkpoint, tensors)

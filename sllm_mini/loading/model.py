@@ -116,10 +116,20 @@ def _model_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """While it lasts, each parameter that this thread registers in a module moves to the meta device at once, before
-    any initialisation can touch its memory. Buffers stay real. The idea is accelerate's `init_empty_weights`."""
+    any initialisation can touch its memory; what would draw numbers for it there does nothing, as a decomposition of
+    torch's would otherwise go through all steps of that. Buffers stay real. The idea is accelerate's `init_empty_weights`."""
     import torch
+    from torch.overrides import TorchFunctionMode
 
     thread = threading.get_ident()
+    draws = {getattr(torch.Tensor, name) for name in ("normal_", "uniform_", "fill_", "zero_")}
+
+    class NothingIsDrawn(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, given: tuple[Any, ...] = (), named: dict[str, Any] | None = None) -> Any:
+            target = given[0] if given else (named or {}).get("tensor")
+            if (function in draws or getattr(function, "__module__", "") == "torch.nn.init") and isinstance(target, torch.Tensor) and target.is_meta:
+                return target
+            return function(*given, **(named or {}))
 
     with _patch_lock:
         register = torch.nn.Module.register_parameter
@@ -133,7 +143,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
         torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
         try:
-            yield
+            with NothingIsDrawn():
+                yield
         finally:
             torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 

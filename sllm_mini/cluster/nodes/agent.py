@@ -23,6 +23,7 @@ from sllm_mini.cluster.nodes import messages as node
 from sllm_mini.cluster.nodes.devices import Devices
 from sllm_mini.cluster.nodes.fetching import Fetching
 from sllm_mini.cluster.nodes.lanes import Lane
+from sllm_mini.cluster.nodes.rung_memory import RungMemory
 from sllm_mini.cluster.nodes.workers import Launcher
 from sllm_mini.errors import SllmError, StoreError
 from sllm_mini.inference.turns import Turns
@@ -54,7 +55,7 @@ class NodeAgent:
     def __init__(self, name: str, incarnation: int, launcher: Callable[[Store], Launcher], options: NodeOptions, folder: Path, host: str = "") -> None:
         self.name, self.incarnation, self.options, self.folder, self.host = name, incarnation, options, folder, host
         self.key = get_key() if host else b""
-        self.devices, self.loads = Devices(), Turns()
+        self.devices, self.loads, self.memory = Devices(), Turns(), RungMemory()
         folder.mkdir(parents=True, exist_ok=True)
         self.store = self._open_store()
         try:
@@ -180,6 +181,7 @@ class NodeAgent:
                 forgotten.discard(order.model)
                 if isinstance(order, node.Forget):
                     forgotten.add(order.model)
+                    self.memory.forget(order.model)
                 else:
                     self._register(order)
             forgotten = {model for model in forgotten if not self._dropped(model)}
@@ -195,6 +197,8 @@ class NodeAgent:
                 self._on_disk.add(order.model)
             layers = tuple(tuple(sorted(blocks)) for blocks in self.store.layer_blocks(order.model, self.options.block_nbytes))
             self.answer(node.Registered(order.model, self.store.digest(order.model), tier, self.store.blocks(order.model, self.options.block_nbytes), layers))
+            if "://" not in order.source:
+                self.launcher.prepare(order.source)  # last: whoever deploys does not wait for it
         except (SllmError, OSError) as error:
             self._keep(order.model, before)
             self.answer(node.OrderFailed(order.model, type(error).__name__, str(error)[:8000]))

@@ -13,6 +13,7 @@ from sllm_mini.cluster.nodes.devices import Devices
 from sllm_mini.cluster.nodes.fetching import Fetching
 from sllm_mini.cluster.nodes.loads import Load
 from sllm_mini.cluster.nodes.pipelines import begin_stages, pipeline_elsewhere, pipeline_here
+from sllm_mini.cluster.nodes.rung_memory import RungMemory
 from sllm_mini.cluster.nodes.worker_messages import ClimbRung, Last, Rung
 from sllm_mini.cluster.nodes.workers import Launcher, WorkerHandle
 from sllm_mini.errors import SllmError, WireError
@@ -33,6 +34,7 @@ class Home(Protocol):
     store_address: str
     launcher: Launcher
     devices: Devices
+    memory: RungMemory
     loads: Turns
     fetching: Fetching
     join: node.Join | None
@@ -194,27 +196,30 @@ class Lane:
         join, worker = agent.join, self._worker
         if join is None or worker is None or agent.ended:
             raise SllmError(f"instance {self.instance} was ended while it climbed")
-        return worker.climb(
+        measure = agent.memory.due(order.model, warmth)
+        climbed = worker.climb(
             ClimbRung(
                 warmth, order.model, agent.store_address, device=f"cuda:{order.devices[0]}" if options.cuda and order.devices else "cpu",
                 digest=agent.store.digest(order.model), owner=node.owner_name(join.run, agent.name, agent.incarnation, self.instance, order.epoch),
                 address=agent.address(f"moves-{self.instance}.{order.epoch}"), key=agent.key, arbiter=join.arbiter, threads=options.threads, max_batch=order.max_batch, pace_seconds=options.pace_seconds,
-                overlap=overlap, last=last,
+                overlap=overlap, last=last, measure=measure,
             )
         )  # fmt: skip
+        return agent.memory.told(order.model, climbed, measured=measure)
 
     def _launch(self) -> Rung:
         agent = self._agent
         self._launches += 1
         launch = self._launches
-        worker = agent.launcher.launch(f"{agent.name}.{agent.incarnation}-{self.instance}", lambda why: self._died(launch, why))
+        measure = agent.memory.due("", Warmth.PROCESS)
+        worker = agent.launcher.launch(f"{agent.name}.{agent.incarnation}-{self.instance}", lambda why: self._died(launch, why), measure=measure)
         with self._lock:
             self._worker = worker
         if agent.ended or worker.gone:
             worker.kill()
             raise SllmError(f"the worker of instance {self.instance} ended as soon as it was there")
         worker.watch(agent.options.silent_seconds, agent.options.stuck_seconds)
-        return worker.launched
+        return agent.memory.told("", worker.launched, measured=measure)
 
     def _died(self, launch: int, why: str) -> None:
         """The worker is gone; called on a thread of its own."""

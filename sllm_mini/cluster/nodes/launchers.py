@@ -8,6 +8,7 @@ ends when its agent closes it or dies.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -20,14 +21,18 @@ from socket import socketpair
 from sllm_mini.cluster.nodes.workers import ProcessWorker
 from sllm_mini.cluster.process_memory import memory_of
 from sllm_mini.cluster.runtime import RUNTIME
-from sllm_mini.cluster.zygote import Child, ForkOptions, Zygote, ZygoteError, ZygoteGoneError, fork_from
+from sllm_mini.cluster.zygote import Child, ForkOptions, Zygote, ZygoteError, ZygoteGoneError, fork_from, prepare_in
 from sllm_mini.errors import UnsupportedError, WireError
+from sllm_mini.inference.templates import MOST
 from sllm_mini.inference.workers.process import Process, start_process
 from sllm_mini.wire import WireTimeout
 
+log = logging.getLogger("sllm_mini.cluster")
 _TABLES = "sllm_mini.cluster.runtime:build_tables"
 ENTRY = "sllm_mini.cluster.nodes.climbing:serve"
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from sllm_mini.cluster.nodes.climbing import main; main()"
+_PREPARE = "sllm_mini.inference.templates:prepare"
+_PREPARE_SECONDS = 30.0
 _STATUS_SECONDS = 0.5
 
 
@@ -68,12 +73,15 @@ class SpawnLauncher:
         self._engine, self._environment, self._patience = engine, environment, patience
         self._workers = _Workers()
 
-    def launch(self, name: str, on_death: Callable[[str], None]) -> ProcessWorker:
+    def launch(self, name: str, on_death: Callable[[str], None], *, measure: bool = True) -> ProcessWorker:
         self._workers.check_open()
         begun = time.monotonic()
         search = json.dumps([os.path.abspath(place) for place in sys.path])
         ours, process = start_process(["-c", _PROGRAM, name, self._engine, search], self._environment)
-        return self._workers.add(ProcessWorker(name, ours, process, on_death, begun=begun, seconds=self._patience))
+        return self._workers.add(ProcessWorker(name, ours, process, on_death, begun=begun, seconds=self._patience, measure=measure))
+
+    def prepare(self, source: str) -> None:
+        """There is nothing that a fresh process could take it from."""
 
     def shared_nbytes(self) -> int:
         return 0
@@ -115,10 +123,12 @@ class ZygoteLauncher:
         self._workers = _Workers()
         self._lock = threading.Lock()
         self._starting = threading.Lock()
+        self._sources: dict[str, None] = {}
+        """What zygotes are to prepare, in the order in which they were asked to."""
         self._retired: list[_Home] = []
         self._home: _Home | None = _Home(os.fspath(path)) if path is not None else self._start()
 
-    def launch(self, name: str, on_death: Callable[[str], None]) -> ProcessWorker:
+    def launch(self, name: str, on_death: Callable[[str], None], *, measure: bool = True) -> ProcessWorker:
         self._workers.check_open()
         begun = time.monotonic()
         ours, theirs = socketpair()
@@ -129,7 +139,18 @@ class ZygoteLauncher:
         except BaseException:
             ours.close()
             raise
-        return self._workers.add(ProcessWorker(name, ours, process, on_death, begun=begun, seconds=self._patience))
+        return self._workers.add(ProcessWorker(name, ours, process, on_death, begun=begun, seconds=self._patience, measure=measure))
+
+    def prepare(self, source: str) -> None:
+        """Also in zygotes that are started later."""
+        with self._lock:
+            self._sources.pop(source, None)
+            self._sources[source] = None
+            for oldest in [*self._sources][:-MOST]:
+                del self._sources[oldest]
+            home = self._home
+        if home is not None and not self._engine:
+            self._prepare_in(home, source)
 
     def shared_nbytes(self) -> int:
         with self._lock:
@@ -148,8 +169,25 @@ class ZygoteLauncher:
             _end(home)
 
     def _start(self) -> _Home:
-        zygote = Zygote(self._imports, [ENTRY], environment=self._environment, patience=self._fork_seconds)
+        zygote = Zygote(self._imports, [ENTRY, *([] if self._engine else [_PREPARE])], environment=self._environment, patience=self._fork_seconds)
         return _Home(zygote.path, zygote)
+
+    def _prepare_in(self, home: _Home, source: str) -> None:
+        try:
+            why_not = prepare_in(home.path, _PREPARE, source, patience=_PREPARE_SECONDS)
+        except ZygoteError as error:  # a start makes it itself then
+            log.debug("%s was not prepared: %s", source, error)
+            return
+        if why_not:
+            log.warning("a zygote that prepared %s is given up: %s", source, why_not)
+            with suppress(ZygoteError, WireError):  # the next launch starts one
+                self._present(instead_of=home)
+
+    def _prepare_all(self, home: _Home) -> None:
+        with self._lock:
+            sources = [*self._sources]
+        for source in sources:
+            self._prepare_in(home, source)
 
     def _fork(self, name: str, options: ForkOptions) -> Process:
         home = self._present()
@@ -178,6 +216,8 @@ class ZygoteLauncher:
                     self._retired.append(home)
             if home is not None:
                 self._end_if_left(home)
+            if self._sources and not self._engine:
+                threading.Thread(target=self._prepare_all, args=(found,), name="sllm-prepare", daemon=True).start()
             return found
 
     def _left(self, home: _Home) -> None:

@@ -48,6 +48,8 @@ class ThreadWorker:
         with self._asked():
             seconds = self._climber.climb(order)
             self.address = self._climber.service.address if order.warmth == Warmth.READY else ""
+        if not order.measure:
+            return Rung(order.warmth, seconds, 0, 0)
         memory, before = memory_of(self.pid), self._before
         private, proportional = memory.private_nbytes - before.private_nbytes, memory.proportional_nbytes - before.proportional_nbytes
         return Rung(order.warmth, seconds, max(private, 0), max(proportional, 0))
@@ -138,13 +140,16 @@ class ThreadLauncher:
         self._workers: set[ThreadWorker] = set()
         self._closed = False
 
-    def launch(self, name: str, on_death: Callable[[str], None]) -> ThreadWorker:
+    def launch(self, name: str, on_death: Callable[[str], None], *, measure: bool = True) -> ThreadWorker:
         with self._lock:
             if self._closed:
                 raise WireError(f"worker {name} cannot start: this launcher was closed; make another")
             worker = ThreadWorker(name, self._store, self._make, on_death)
             self._workers = {known for known in self._workers if not known.gone} | {worker}
             return worker
+
+    def prepare(self, source: str) -> None:
+        """Threads share what they import; skeletons and tokenizers are each worker's own."""
 
     def shared_nbytes(self) -> int:
         return 0

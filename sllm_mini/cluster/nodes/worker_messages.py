@@ -50,7 +50,7 @@ class ClimbRung(Message, frozen=True):
     are, or at once with `overlap`; DEVICE the same on `device` (on a CPU the bytes are there already); READY makes the engine
     and lets it serve as `owner`, which takes moves in at `address` and asks `arbiter` (register and ledger).
     With `last` the engine is that of a pipeline until the model is whole here, and its requests go on in this worker's own then.
-    `digest`, where given, must be the checkpoint's own; `key` is the process's for `tcp://` addresses. `number` is set by whoever
+    Without `measure` the rung's memory is not counted and told as 0. `digest`, where given, must be the checkpoint's own; `key` is the process's for `tcp://` addresses. `number` is set by whoever
     sends it.
     """
 
@@ -68,6 +68,7 @@ class ClimbRung(Message, frozen=True):
     pace_seconds: Seconds = 0.0
     overlap: bool = False
     warm_up: bool = False
+    measure: bool = True
     last: Last | None = None
     key: Annotated[bytes, Meta(max_length=1024)] = b""
     number: Annotated[int, Meta(ge=0)] = 0

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from sllm_mini.cluster.nodes import worker_messages
 from sllm_mini.cluster.nodes.worker_messages import Climbed, ClimbRung, Fall, Rung, Stage, Staged, Whole
-from sllm_mini.cluster.process_memory import memory_of
+from sllm_mini.cluster.process_memory import ProcessMemory, memory_of
 from sllm_mini.errors import UnsupportedError, WireError
 from sllm_mini.inference.migration.messages import Mode, Report
 from sllm_mini.inference.workers import messages
@@ -82,10 +82,14 @@ class WorkerHandle(Protocol):
 class Launcher(Protocol):
     """Starts workers, and ends them all with `close`. Safe from several threads."""
 
-    def launch(self, name: str, on_death: Callable[[str], None]) -> WorkerHandle:
+    def launch(self, name: str, on_death: Callable[[str], None], *, measure: bool = True) -> WorkerHandle:
         """A worker at PROCESS; waits until it answers. `on_death` is called once, on a thread of the worker's, when it is gone,
         with the reason in one sentence: perhaps before this returns, and not after `close`, which it may call. Raises SllmError
-        where there is no worker to be had."""
+        where there is no worker to be had. Without `measure` the memory of its rung PROCESS is not counted and told as 0."""
+
+    def prepare(self, source: str) -> None:
+        """From now on workers find what a start of the checkpoint at `source`, a folder, makes that does not depend on where the weights
+        are, made already; where that cannot be, they make it themselves. Takes its time, and raises nothing."""
 
     def shared_nbytes(self) -> int:
         """The bytes (PSS) of what it keeps running for all its workers: a zygote's; 0 for none."""
@@ -101,7 +105,9 @@ class ProcessWorker:
     before that, WireTimeout if it does not answer within `seconds`; it is ended then.
     """
 
-    def __init__(self, name: str, channel: socket, process: Process, on_death: Callable[[str], None], *, begun: float, seconds: float) -> None:
+    def __init__(
+        self, name: str, channel: socket, process: Process, on_death: Callable[[str], None], *, begun: float, seconds: float, measure: bool = True,
+    ) -> None:  # fmt: skip
         self.name, self.pid, self.address = name, process.pid, ""
         self._on_death = on_death
         self._lock = threading.Lock()
@@ -111,7 +117,7 @@ class ProcessWorker:
         try:
             self.stuck_seconds(seconds)
             answered = time.monotonic() - begun
-            memory = memory_of(self.pid)
+            memory = memory_of(self.pid) if measure else ProcessMemory(0, 0, 0)
             with self._lock:
                 if self._dead:
                     raise WireError(f"worker {name} is gone: {self._worker.why}")
