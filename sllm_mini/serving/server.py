@@ -43,7 +43,7 @@ class Server:
         self.gate, self._state = make_app(cluster, self.options)
         self._cluster = cluster
         config = uvicorn.Config(
-            self.gate, http=cast("type[asyncio.Protocol]", partial(Connection, limits=self.options.limits)), loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False, backlog=_BACKLOG,
+            self.gate, http=cast("type[asyncio.Protocol]", partial(Connection, limits=self.options.limits)), loop="auto", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False, backlog=_BACKLOG,
             timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(self.options.drain_seconds)),
         )  # fmt: skip
         self._uvicorn = _Uvicorn(config)
