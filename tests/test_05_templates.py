@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import is_gone, on_the_path
 from store_process import eventually
 
 from sllm_mini.checkpoint import Checkpoint, WriteOptions, convert_checkpoint, save_checkpoint
@@ -137,6 +139,69 @@ def test_zygotes_prepare_what_was_registered_and_so_does_the_one_that_comes_afte
     finally:
         launcher.close()
     assert not deaths
+
+
+PREPARES = """
+import os, threading, time
+
+def slowly(path):
+    open(path + ".begun", "w").close()
+    while not os.path.exists(path + ".go on"):
+        time.sleep(0.01)
+
+def with_a_thread(path):
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+"""
+
+
+@pytest.fixture
+def launcher_that_prepares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], launchers.ZygoteLauncher]]:
+    """Its zygotes import next to nothing, and prepare by a function of that name."""
+    made = []
+
+    def make(name: str) -> launchers.ZygoteLauncher:
+        monkeypatch.setattr(launchers, "_PREPARE", f"odd_prepares:{name}")
+        made.append(launchers.ZygoteLauncher(fork_seconds=0.5))
+        return made[-1]
+
+    monkeypatch.setattr(launchers, "RUNTIME", ())
+    monkeypatch.setattr(launchers, "_TABLES", "json")
+    with on_the_path(tmp_path, "odd_prepares", PREPARES):
+        yield make
+        for launcher in made:
+            launcher.close()
+
+
+def test_a_zygote_that_prepares_is_not_taken_for_one_that_hangs(launcher_that_prepares: Callable[[str], launchers.ZygoteLauncher], tmp_path: Path) -> None:
+    launcher, source = launcher_that_prepares("slowly"), os.fspath(tmp_path / "model")
+    home = launcher._home
+    with ThreadPoolExecutor(2) as beside:
+        preparing = beside.submit(launcher.prepare, source)
+        eventually(lambda: os.path.exists(source + ".begun"), 60.0)
+        launching = beside.submit(launcher.launch, "w", lambda _: None)
+        with pytest.raises(TimeoutError):
+            launching.result(1.5)  # it would be given up by now
+        Path(source + ".go on").touch()
+        preparing.result(60.0)
+        launching.result(60.0).close()
+    assert launcher._home is home
+
+
+def test_a_zygote_that_can_fork_no_more_is_replaced_once(
+    launcher_that_prepares: Callable[[str], launchers.ZygoteLauncher], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "sllm_mini.cluster")
+    launcher, source = launcher_that_prepares("with_a_thread"), os.fspath(tmp_path / "model")
+    first = launcher._home
+    assert first is not None and first.zygote is not None
+    launcher.prepare(source)
+    (told,) = [each.getMessage() for each in caplog.records if "is made anew at each start" in each.getMessage()]
+    assert source in told and "started 1 thread" in told
+    launcher.launch("w", lambda _: None).close()
+    second = launcher._home
+    assert second is not first and is_gone(first.zygote.pid)
+    launcher.launch("x", lambda _: None).close()
+    assert launcher._home is second
 
 
 def test_the_memory_of_a_rung_is_counted_now_and_then() -> None:

@@ -110,8 +110,9 @@ def stream_model(loading: Loading, *, recorder: SpanRecorder | None = None, skel
 
     `recorder` gets the spans "skeleton" and "fill", and for each layer of the first pass its name on the lanes "wait"
     (for bytes) and "compute" (on a GPU: enqueueing its kernels). A checkpoint that cannot be filled without reading
-    bytes (see `StreamedModel.fallback`) is waited for first. `skeleton` is one that was built of this checkpoint before. Raises what `load_model` raises; the load then goes on,
-    and ending it is the caller's to do. Safe from several threads on different loads.
+    bytes (see `StreamedModel.fallback`) is waited for first. `skeleton` is one that was built of this checkpoint before, and is
+    filled. Raises what `load_model` raises; the load then goes on, and ending it is the caller's to do. Safe from several
+    threads on different loads.
     """
     from sllm_mini.loading.model import build_skeleton, fill
 

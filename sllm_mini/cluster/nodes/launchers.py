@@ -13,9 +13,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from socket import socketpair
 
 from sllm_mini.cluster.nodes.workers import ProcessWorker
@@ -92,12 +92,15 @@ class SpawnLauncher:
 
 @dataclass(slots=True, eq=False)
 class _Home:
-    """A zygote that workers come from: this launcher's own, or one that others own where `zygote` is None."""
+    """A zygote that workers come from: this launcher's own, or one that others own where `zygote` is None. Of this launcher one thread
+    asks it at a time: while it prepares it forks nothing, and that is not being stuck."""
 
     path: str
     zygote: Zygote | None = None
     children: int = 0
     retired: bool = False
+    gone: bool = False
+    turn: threading.Lock = field(default_factory=threading.Lock)
 
 
 class ZygoteLauncher:
@@ -173,15 +176,19 @@ class ZygoteLauncher:
         return _Home(zygote.path, zygote)
 
     def _prepare_in(self, home: _Home, source: str) -> None:
-        try:
-            why_not = prepare_in(home.path, _PREPARE, source, patience=_PREPARE_SECONDS)
-        except ZygoteError as error:  # a start makes it itself then
-            log.debug("%s was not prepared: %s", source, error)
+        """The zygote has what that makes, or each start makes it itself, in this one and in those to come."""
+        if home.gone:
             return
+        try:
+            with _asking(home):
+                why_not = prepare_in(home.path, _PREPARE, source, patience=_PREPARE_SECONDS)
+                home.gone = bool(why_not)  # the next launch starts another
+        except ZygoteError as error:
+            why_not = str(error)
         if why_not:
-            log.warning("a zygote that prepared %s is given up: %s", source, why_not)
-            with suppress(ZygoteError, WireError):  # the next launch starts one
-                self._present(instead_of=home)
+            log.info("%s is made anew at each start: %s", source, why_not)
+            with self._lock:
+                self._sources.pop(source, None)
 
     def _prepare_all(self, home: _Home) -> None:
         with self._lock:
@@ -192,13 +199,17 @@ class ZygoteLauncher:
     def _fork(self, name: str, options: ForkOptions) -> Process:
         home = self._present()
         try:
-            child = fork_from(home.path, ENTRY, name=name, engine=self._engine, options=options)
+            child = self._child(home, name, options)
         except ZygoteGoneError:
             home = self._present(instead_of=home)
-            child = fork_from(home.path, ENTRY, name=name, engine=self._engine, options=options)
+            child = self._child(home, name, options)
         with self._lock:
             home.children += 1
         return _Forked(child, lambda: self._left(home))
+
+    def _child(self, home: _Home, name: str, options: ForkOptions) -> Child:
+        with _asking(home):
+            return fork_from(home.path, ENTRY, name=name, engine=self._engine, options=options)
 
     def _present(self, instead_of: _Home | None = None) -> _Home:
         """The zygote to fork from; a new one where there is none, or only one that does not answer."""
@@ -231,6 +242,19 @@ class ZygoteLauncher:
                 return
             self._retired.remove(home)
         _end(home)
+
+
+@contextmanager
+def _asking(home: _Home) -> Iterator[None]:
+    """One question to a zygote. Who waited for one that has turned out to be gone waits no more. Raises ZygoteGoneError."""
+    with home.turn:
+        if home.gone:
+            raise ZygoteGoneError("the zygote that was to fork it is given up; start a new one")
+        try:
+            yield
+        except ZygoteGoneError:
+            home.gone = True
+            raise
 
 
 def _end(home: _Home) -> None:
