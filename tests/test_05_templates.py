@@ -160,12 +160,11 @@ def launcher_that_prepares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     made = []
 
     def make(name: str) -> launchers.ZygoteLauncher:
-        monkeypatch.setattr(launchers, "_PREPARE", f"odd_prepares:{name}")
+        monkeypatch.setattr(launchers, "PREPARE", f"odd_prepares:{name}")
         made.append(launchers.ZygoteLauncher(fork_seconds=0.5))
         return made[-1]
 
-    monkeypatch.setattr(launchers, "RUNTIME", ())
-    monkeypatch.setattr(launchers, "_TABLES", "json")
+    monkeypatch.setattr(launchers, "IMPORTS", ())
     with on_the_path(tmp_path, "odd_prepares", PREPARES):
         yield make
         for launcher in made:

@@ -17,16 +17,17 @@ from sllm_mini.resources import resource
 NAMES = (*PROCESSES, *RUNGS, PEER)
 
 
-def sample(seconds: float, imports: float = 0.0, text: str = " a") -> dict[str, Any]:
-    return {"seconds": seconds, "imports_seconds": imports, "text": text, "timing": None}
+def sample(seconds: float, imports: float = 0.0, text: str = " a", prepared: float = 0.0) -> dict[str, Any]:
+    return {"seconds": seconds, "imports_seconds": imports, "prepared_seconds": prepared, "text": text, "timing": None}
 
 
 def test_ratios_are_of_the_same_round_and_imports_stand_apart(tmp_path: Path) -> None:
-    samples = {name: [sample(5.0, 4.0), sample(9.0, 6.0)] if name in PROCESSES else [sample(0.5), sample(0.25)] for name in NAMES}
+    samples = {name: [sample(5.0, 4.5, prepared=0.5), sample(9.0, 7.0, prepared=1.0)] if name in PROCESSES else [sample(0.5), sample(0.25)] for name in NAMES}
     samples[PEER] = [sample(10.0, 6.0, " b"), sample(10.0, 7.0, " b")]
     found = document(samples, Options(2), 1, {"memory_copy": 1e9, "disk_buffered_read": 1e8, "disk_direct_read": 2e8}, 10**9, "")
     rows = {row["name"]: row for row in found["results"]}
     assert rows["runtime"]["ratio_to_peer_median"] == 30.0 and (rows["runtime"]["ratio_to_peer_min"], rows["runtime"]["ratio_to_peer_max"]) == (20.0, 40.0)
+    assert rows["process, memory"]["prepared_seconds_median"] == 0.75  # counted as what came after the imports
     assert rows["process, memory"]["rest_samples"] == [1.0, 3.0] and rows["process, memory"]["ratio_without_imports_median"] == 2.5
     assert "ratio_to_peer_median" not in rows[PEER] and not rows[PEER]["same_text"] and rows["ready"]["same_text"]
     assert rows["process, disk"]["floor_seconds"] == 5.0 and rows["ready"]["floor_seconds"] == 1.0 and not found["skipped"]
@@ -74,5 +75,6 @@ def test_every_rung_answers_the_same() -> None:
     found = measure_start(resource("data/models/tiny"), Options(rounds=1, peer=False))
     rows = {row["name"]: row for row in found["results"]}
     assert list(rows) == [*PROCESSES, *RUNGS]
+    assert all((row["prepared_seconds_min"] > 0) == (name in PROCESSES) for name, row in rows.items())
     assert rows["runtime"]["timing"]["tier"] == "dram" and rows["ready"]["timing"]["rung"] == "ready"
     assert rows["ready"]["seconds_median"] < rows["runtime"]["seconds_median"] < rows["process, memory"]["seconds_median"]

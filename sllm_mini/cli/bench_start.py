@@ -26,7 +26,7 @@ def start(
 ) -> None:
     """Seconds to the first token of a model that does not run, from each rung of the warmth ladder.
 
-    In the same shuffled rounds transformers serve starts with the same model, cold. What a process imports until it says that it is up stands apart.
+    In the same shuffled rounds transformers serve starts with the same model, cold. What a process imports until it says that it is up stands apart; what ours prepares by then is counted as the rest.
     """
     check_writable(save)
     try:
@@ -58,5 +58,6 @@ def _print(document: dict[str, Any]) -> None:
             "" if row["floor_seconds"] is None else seconds_text(row["floor_seconds"]), *ratios,
         )  # fmt: skip
     console.print(made)
+    console.print("The rest has what a process prepares before it is asked counted in, as if it came after.")
     console.print("The floor reads the weights once: from the disk, else at the speed of a copy within memory.")
     print_skipped(console, document)

@@ -2,7 +2,8 @@
 
 Every row is a start that a client sees over HTTP, with the same prompt, greedy. A process that does not run yet is started and asked for its
 model once it says at /health that it is up: until then it imports, which both pay and which stands apart (`imports_seconds`). Of ours the
-runtime that workers are forked from is up then, too. The other rows ask a server that runs, whose model is in its node's memory: "runtime" has no
+runtime that workers are forked from is up then, too, and prepares the model (`inference.templates`), perhaps before it is asked for: that is no import,
+so what a fork of a runtime takes for it is measured beside each such start and counted as if all of it came after (`prepared_seconds`). The other rows ask a server that runs, whose model is in its node's memory: "runtime" has no
 process for it, and a fork of the zygote attaches to the bytes; "dram", "device" and "ready" have an instance that is as warm as that.
 Rows take turns in shuffled rounds. Shown in chapter 11.
 """
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from sllm_mini.checkpoint import Checkpoint, convert_checkpoint
+from sllm_mini.cluster import Zygote
+from sllm_mini.cluster.nodes.launchers import IMPORTS, PREPARE
 from sllm_mini.device.cpu import cpu_count
 from sllm_mini.errors import SllmError
 from sllm_mini.lab.bench.conditions import make_cold, make_warm
@@ -47,7 +50,7 @@ _PROMPT = "Once upon a time"
 _SECONDS = 120.0
 _LOOK_SECONDS = 0.005
 Start = Callable[[str], dict[str, Any]]
-"""Starts by a row; gives `seconds`, `imports_seconds`, `text` and `timing`."""
+"""Starts by a row; gives `seconds`, `imports_seconds`, `prepared_seconds` (of the seconds none), `text` and `timing`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +82,9 @@ def measure_start(model: str | os.PathLike[str], options: Options, *, folder: Pa
         with ExitStack() as stack:
             say("starting a server")
             warm = stack.enter_context(_ours(checkpoint, threads))
+            runtime = stack.enter_context(Zygote(IMPORTS, [PREPARE]))
             names = (*PROCESSES, *RUNGS, *(() if skipped else (PEER,)))
-            samples = play(starts_of(checkpoint, source, warm, threads, options.tokens), names, options, say)
+            samples = play(starts_of(checkpoint, source, warm, runtime, threads, options.tokens), names, options, say)
         facts = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"), "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "machine": asdict(measure_machine(made)),
             "model": {"name": source.name, "nbytes": checkpoint.nbytes, "dtypes": sorted({each.dtype for each in checkpoint.index.tensors})},
@@ -123,11 +127,12 @@ def document(
     rows = []
     for name, found in samples.items():
         row: dict[str, Any] = {"name": name, "floor_seconds": floors[name], "same_text": found[0]["text"] == ours[0]["text"], "timing": found[-1]["timing"]}
-        rests = [each["seconds"] - each["imports_seconds"] for each in found]
-        for part, values in (("", [each["seconds"] for each in found]), ("imports_", [each["imports_seconds"] for each in found]), ("rest_", rests)):
+        rests = [_rest(each) for each in found]
+        parts = {f"{part}_": [each[f"{part}_seconds"] for each in found] for part in ("imports", "prepared")}
+        for part, values in {"": [each["seconds"] for each in found], **parts, "rest_": rests}.items():
             row |= {f"{part}samples": values, f"{part}seconds_median": statistics.median(values), f"{part}seconds_min": min(values), f"{part}seconds_max": max(values)}
         if peer is not None and name != PEER:
-            others = [each["seconds"] - each["imports_seconds"] for each in peer]
+            others = [_rest(each) for each in peer]
             ratios = {"ratio_to_peer": [a["seconds"] / b["seconds"] for a, b in zip(peer, found, strict=True)], "ratio_without_imports": [a / b for a, b in zip(others, rests, strict=True)]}
             for part, values in ratios.items():
                 row |= {f"{part}_median": statistics.median(values), f"{part}_min": min(values), f"{part}_max": max(values)}
@@ -138,20 +143,25 @@ def document(
     }  # fmt: skip
 
 
+def _rest(sample: Mapping[str, Any]) -> float:
+    """What is not imports."""
+    return float(sample["seconds"] - sample["imports_seconds"] + sample["prepared_seconds"])
+
+
 def read_start(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A saved document. Raises FormatError for a file that is not one, OSError if it cannot be read."""
     return read_document(path, KIND)
 
 
-def starts_of(checkpoint: Checkpoint, source: Path, warm: str, threads: int, tokens: int) -> Start:
-    """`warm` is the address of our server that runs."""
+def starts_of(checkpoint: Checkpoint, source: Path, warm: str, runtime: Zygote, threads: int, tokens: int) -> Start:
+    """`warm` is the address of our server that runs, `runtime` what forks can prepare the model in."""
     files = [path for path in Path(checkpoint.path).rglob("*") if path.is_file()]
     plain = [path for path in source.iterdir() if path.suffix == ".safetensors"]
 
     def start(name: str) -> dict[str, Any]:
         if name in RUNGS:
             with AdminClient(warm) as admin:
-                _rest(admin, name)
+                _wait_at(admin, name)
             return _asked(warm, "model", tokens, time.perf_counter(), 0.0)
         if name == PEER:
             make_warm(plain)
@@ -161,12 +171,22 @@ def starts_of(checkpoint: Checkpoint, source: Path, warm: str, threads: int, tok
             opened, asks_for = _ours(checkpoint, threads), "model"
         began = time.perf_counter()
         with opened as url:
-            return _asked(url, asks_for, tokens, began, time.perf_counter() - began)
+            found = _asked(url, asks_for, tokens, began, time.perf_counter() - began)
+        return found if name == PEER else found | {"prepared_seconds": _prepared_seconds(runtime, checkpoint)}
 
     return start
 
 
-def _rest(admin: AdminClient, rung: str) -> None:
+def _prepared_seconds(runtime: Zygote, checkpoint: Checkpoint) -> float:
+    """What a runtime that has not met the model yet takes to prepare it; with the fork and its end, which a server's does without."""
+    began = time.perf_counter()
+    with runtime.fork(PREPARE, os.fspath(checkpoint.path)) as child:
+        if status := child.wait(_SECONDS):
+            raise SllmError(f"{checkpoint.path} could not be prepared (status {status})")
+        return time.perf_counter() - began
+
+
+def _wait_at(admin: AdminClient, rung: str) -> None:
     """Leaves the model in its node's memory, and an instance that is as warm as `rung`."""
     admin.unload("model")
     end = time.perf_counter() + _SECONDS
@@ -187,7 +207,7 @@ def _asked(url: str, model: str, tokens: int, began: float, imports: float) -> d
         sender.close()
     if found.first_seconds is None:
         raise SllmError(f"the server at {url} was asked for {tokens} tokens and gave none ({found.error or found.status})")
-    return {"seconds": asked - began + found.first_seconds, "imports_seconds": imports, "text": found.text, "timing": found.timing}
+    return {"seconds": asked - began + found.first_seconds, "imports_seconds": imports, "prepared_seconds": 0.0, "text": found.text, "timing": found.timing}
 
 
 @contextmanager

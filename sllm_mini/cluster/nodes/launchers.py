@@ -28,10 +28,12 @@ from sllm_mini.inference.workers.process import Process, start_process
 from sllm_mini.wire import WireTimeout
 
 log = logging.getLogger("sllm_mini.cluster")
-_TABLES = "sllm_mini.cluster.runtime:build_tables"
+IMPORTS = (*RUNTIME, "sllm_mini.cluster.runtime:build_tables")
+"""What a zygote has that workers are forked from."""
 ENTRY = "sllm_mini.cluster.nodes.climbing:serve"
+PREPARE = "sllm_mini.inference.templates:prepare"
+"""What such a zygote runs itself."""
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from sllm_mini.cluster.nodes.climbing import main; main()"
-_PREPARE = "sllm_mini.inference.templates:prepare"
 _PREPARE_SECONDS = 30.0
 _STATUS_SECONDS = 0.5
 
@@ -122,7 +124,7 @@ class ZygoteLauncher:
         patience: float = 30.0,
     ) -> None:
         self._engine, self._environment, self._fork_seconds, self._patience = engine, environment, fork_seconds, patience
-        self._imports = [*([engine.partition(":")[0]] if engine else [*RUNTIME, _TABLES]), *modules]
+        self._imports = [*([engine.partition(":")[0]] if engine else IMPORTS), *modules]
         self._workers = _Workers()
         self._lock = threading.Lock()
         self._starting = threading.Lock()
@@ -172,7 +174,7 @@ class ZygoteLauncher:
             _end(home)
 
     def _start(self) -> _Home:
-        zygote = Zygote(self._imports, [ENTRY, *([] if self._engine else [_PREPARE])], environment=self._environment, patience=self._fork_seconds)
+        zygote = Zygote(self._imports, [ENTRY, *([] if self._engine else [PREPARE])], environment=self._environment, patience=self._fork_seconds)
         return _Home(zygote.path, zygote)
 
     def _prepare_in(self, home: _Home, source: str) -> None:
@@ -181,7 +183,7 @@ class ZygoteLauncher:
             return
         try:
             with _asking(home):
-                why_not = prepare_in(home.path, _PREPARE, source, patience=_PREPARE_SECONDS)
+                why_not = prepare_in(home.path, PREPARE, source, patience=_PREPARE_SECONDS)
                 home.gone = bool(why_not)  # the next launch starts another
         except ZygoteError as error:
             why_not = str(error)
