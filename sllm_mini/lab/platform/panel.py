@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable
+from itertools import count
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from sllm_mini.lab.figure import Described, describe
 from sllm_mini.lab.platform.opened import nodes_table
 from sllm_mini.lab.style import use_style
 from sllm_mini.lab.table import Table
-from sllm_mini.lab.timeline import plot_timeline, timeline_alt_text
+from sllm_mini.lab.timeline import plot_timeline, timeline_alt_text, timeline_table
 from sllm_mini.lab.widgets import has_front_end
 from sllm_mini.types import Span
 
@@ -32,12 +33,13 @@ _MOST_SPANS = 4000
 
 class Panel:
     """Of one cluster, which stays its owner's. Safe from several threads. `spans` are what instances did, the latest `_MOST_SPANS` of them:
-    a climb and a time in which it served have the rung on which it stood, an idle one has none."""
+    a climb and a time in which it served have the rung on which it stood, an idle one has none. A node has as many rows as instances at once."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster, self._lock = cluster, threading.Lock()
         self._done: deque[Span] = deque(maxlen=_MOST_SPANS)
         self._open: dict[int, Span] = {}
+        self._lanes: dict[int, str] = {}
         self._nodes: list[NodeReport] = []
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -52,9 +54,11 @@ class Panel:
         nodes, now = self._cluster.nodes(), self._cluster.now
         with self._lock:
             self._nodes = nodes
-            there = {each.instance: _span(node, each, now) for node in nodes for each in node.instances}
-            for instance in [*self._open.keys() - there.keys()]:
+            here = [(node.name, each) for node in nodes for each in node.instances]
+            for instance in self._open.keys() - {each.instance for _, each in here}:
                 self._done.append(self._open.pop(instance))
+                del self._lanes[instance]
+            there = {each.instance: _span(each, self._lane(name, each.instance), now) for name, each in here}
             for instance, seen in there.items():
                 known = self._open.get(instance)
                 same = known is not None and (known.name, known.warmth) == (seen.name, seen.warmth)
@@ -78,13 +82,13 @@ class Panel:
             self._thread = None
 
     def render(self) -> tuple[Described | Table, ...]:
-        """The timeline, where there is one, and the nodes; the cluster is not asked."""
+        """The timeline and its table, where there is one, and the nodes; the cluster is not asked."""
         spans, table = self.spans, nodes_table(self._nodes)
         if not spans:
             return (table,)
         use_style()
         axes = plot_timeline(spans, title="What the instances did")
-        return describe(axes, timeline_alt_text(spans)), table
+        return describe(axes, timeline_alt_text(spans)), timeline_table(spans), table
 
     def widget(self) -> Any:
         """An ipywidgets box: a switch, and what `render` gives, again and again while it is on."""
@@ -121,6 +125,14 @@ class Panel:
         else:
             display(*self.render())
 
+    def _lane(self, node: str, instance: int) -> str:
+        """The first row of its node that no other instance is in."""
+        if instance not in self._lanes:
+            taken = self._lanes.values()
+            names = (f"{node} ({number})" if number > 1 else node for number in count(1))
+            self._lanes[instance] = next(name for name in names if name not in taken)
+        return self._lanes[instance]
+
     def _watch(self) -> None:
         while not self._ended.is_set():
             try:
@@ -130,12 +142,11 @@ class Panel:
             self._ended.wait(LOOK_SECONDS)
 
 
-def _span(node: NodeReport, instance: InstanceReport, now: float) -> Span:
-    model = instance.model or "no model"
-    lane, warmth = f"{node.name} #{instance.instance}", instance.warmth
+def _span(instance: InstanceReport, lane: str, now: float) -> Span:
+    model, warmth = instance.model or "no model", instance.warmth
     if instance.climbing_to is not None:
-        return Span(f"{model} climbs to {instance.climbing_to.name.lower()}", now, now, lane, 0, warmth)
-    return Span(f"{model} serves", now, now, lane, 0, warmth) if instance.requests else Span(f"{model} idle, {warmth.name.lower()}", now, now, lane)
+        return Span(f"{model} climbs", now, now, lane, 0, warmth)
+    return Span(f"{model} serves", now, now, lane, 0, warmth) if instance.requests else Span(f"{model} idle", now, now, lane)
 
 
 def _html(parts: Iterable[Described | Table]) -> str:
