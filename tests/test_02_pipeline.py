@@ -229,6 +229,25 @@ def test_layers_become_ready_in_execution_order(checkpoint: Checkpoint, saved: d
     handle.wait()
 
 
+def test_no_thread_works_before_the_last_was_started(checkpoint: Checkpoint, saved: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their page faults would hold up the start of the next, and whoever starts a load to run beside it."""
+    began, seen, real_take, real_start = threading.Event(), list[bool](), Pipeline._take, threading.Thread.start
+
+    def take(self: Pipeline) -> Chunk | None:
+        began.set()
+        return real_take(self)
+
+    def start(self: threading.Thread) -> None:
+        if self.name == "sllm-load":
+            seen.append(began.wait(0.3))
+        real_start(self)
+
+    monkeypatch.setattr(Pipeline, "_take", take)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert_equal(load_tensors(checkpoint, options=SMALL), saved)
+    assert seen == [False] and began.is_set()
+
+
 @pytest.mark.parametrize("after", [0, 1, 5])
 def test_cancel_leaves_nothing(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     started, hold, real, real_stop = threading.Semaphore(0), threading.Event(), PartitionReader.read, Pipeline.stop

@@ -60,6 +60,8 @@ class Pipeline:
         self._readers: list[Reader] = []
         self._targets: list[Target] = []
         self._threads: list[threading.Thread] = []
+        self._all_started = threading.Event()
+        """No thread works before: page faults hold up who maps a stack for the next, and `start` would return when half is done."""
         self._running = 0
 
     def start(self, make_targets: TargetMaker) -> None:
@@ -82,6 +84,7 @@ class Pipeline:
                 thread.start()
         except BaseException as error:  # a Ctrl-C, or the system gives no more threads: end those that it gave
             self.stop(error)
+            self._all_started.set()
             for target in self._targets:
                 target.finish()
             started = [thread for thread in (*self._threads, finisher) if thread.ident is not None]
@@ -93,6 +96,7 @@ class Pipeline:
                 raise
             raise LoadError(f"no thread can be started to read it ({error}); fewer `threads` may do", path=self._checkpoint.path) from error
         self._threads.append(finisher)
+        self._all_started.set()
 
     def stop(self, error: BaseException) -> None:
         """Ends the load with `error` unless it has ended already; reads in flight finish first."""
@@ -105,12 +109,14 @@ class Pipeline:
                 thread.join()
 
     def _beside(self, work: Callable[[], None]) -> None:
+        self._all_started.wait()
         try:
             work()
         except BaseException as error:  # noqa: BLE001 - it is the load's result and raised by wait()
             self.stop(error)
 
     def _read_chunks(self) -> None:
+        self._all_started.wait()
         try:
             while (chunk := self._take()) is not None:
                 self._targets[chunk.device].deliver(chunk)
