@@ -207,13 +207,14 @@ def test_the_memory_of_a_rung_is_counted_now_and_then() -> None:
     memory = RungMemory()
     due = []
     for climb in range(23):
-        measured = memory.due("m", Warmth.READY)
+        measured = memory.due("m", Warmth.READY, last=True)
         due.append(measured)
         rung = memory.told("m", Rung(Warmth.READY, 0.1 * climb, 100 + climb if measured else 0, 50 if measured else 0), measured=measured)
         assert rung.seconds == 0.1 * climb and rung.private_nbytes == 100 + 10 * (climb // 10) and rung.proportional_nbytes == 50
     assert [number for number, each in enumerate(due) if each] == [0, 10, 20]
-    assert memory.due("other", Warmth.READY) and memory.due("m", Warmth.DRAM)
+    assert memory.due("other", Warmth.READY, last=True)
+    assert [memory.due("m", Warmth.DRAM, last=False) for _ in range(2)] == [False, True], "a first start goes by without being held up"
     memory.forget("m")
-    assert memory.due("m", Warmth.READY)
+    assert memory.due("m", Warmth.READY, last=True)
     never = memory.told("new", Rung(Warmth.DRAM, 1.0, 0, 0), measured=False)  # its first climb failed before it was counted
-    assert never.private_nbytes == 0 and memory.due("new", Warmth.DRAM)
+    assert never.private_nbytes == 0 and memory.due("new", Warmth.DRAM, last=True)

@@ -128,7 +128,7 @@ class Lane:
         if self._worker is None:
             if order.warmth > Warmth.COLD:
                 raise SllmError(f"instance {self.instance} is not there to climb from {order.warmth}")
-            rungs.append(self._launch())
+            rungs.append(self._launch(order.target))
         load: Load | None = None
         for warmth in map(Warmth, range(max(order.warmth, Warmth.PROCESS) + 1, order.target + 1)):
             if warmth == Warmth.DRAM:
@@ -196,7 +196,7 @@ class Lane:
         join, worker = agent.join, self._worker
         if join is None or worker is None or agent.ended:
             raise SllmError(f"instance {self.instance} was ended while it climbed")
-        measure = agent.memory.due(order.model, warmth)
+        measure = agent.memory.due(order.model, warmth, last=warmth == order.target)
         climbed = worker.climb(
             ClimbRung(
                 warmth, order.model, agent.store_address, device=f"cuda:{order.devices[0]}" if options.cuda and order.devices else "cpu",
@@ -207,11 +207,11 @@ class Lane:
         )  # fmt: skip
         return agent.memory.told(order.model, climbed, measured=measure)
 
-    def _launch(self) -> Rung:
+    def _launch(self, target: Warmth) -> Rung:
         agent = self._agent
         self._launches += 1
         launch = self._launches
-        measure = agent.memory.due("", Warmth.PROCESS)
+        measure = agent.memory.due("", Warmth.PROCESS, last=target <= Warmth.PROCESS)
         worker = agent.launcher.launch(f"{agent.name}.{agent.incarnation}-{self.instance}", lambda why: self._died(launch, why), measure=measure)
         with self._lock:
             self._worker = worker
@@ -241,7 +241,7 @@ class Lane:
         if warmth < Warmth.DEVICE:
             self._agent.devices.free(self.instance)
         if warmth == Warmth.PROCESS:
-            self._launch()
+            self._launch(warmth)
         self.ended = warmth == Warmth.COLD
 
     # Requests

@@ -1,6 +1,7 @@
 """What workers hold on each rung, measured now and then: to count a process's pages takes some 10 ms, and a start has five rungs.
 
-The first climb of a model to a rung is measured, and each tenth; between them a rung has the figures of the one before. Explained in chapter 08.
+Measured is the first climb that ends on a rung, the second that passes it (a model's first start is the one that is waited for most), and
+each tenth; between them a rung has the figures of the one before, and 0 where there are none yet. Explained in chapter 08.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ class RungMemory:
         self._known: dict[_Key, Rung] = {}
         self._climbs: dict[_Key, int] = {}
 
-    def due(self, model: str, warmth: Warmth) -> bool:
-        """Whether this climb is one to measure."""
+    def due(self, model: str, warmth: Warmth, *, last: bool) -> bool:
+        """Whether this climb is one to measure; `last`: it ends there."""
         with self._lock:
             count = self._climbs[model, warmth] = self._climbs.get((model, warmth), -1) + 1
-            return count % _EVERY == 0 or (model, warmth) not in self._known
+            return count % _EVERY == 0 if (model, warmth) in self._known else last or count > 0
 
     def told(self, model: str, rung: Rung, *, measured: bool) -> Rung:
         """The rung with its memory."""

@@ -114,11 +114,11 @@ def _rungs(climbs: Sequence[Climb]) -> list[dict[str, Any]]:
     for warmth in Warmth:
         mine = [climb for climb in climbs if climb.warmth == warmth]
         if mine:
-            seconds = [climb.seconds for climb in mine]
+            seconds, counted = [climb.seconds for climb in mine], [climb for climb in mine if climb.private_nbytes] or mine
             rows.append(
                 {
                     "name": warmth.name, "count": len(mine), "seconds_median": statistics.median(seconds), "seconds_mean": statistics.fmean(seconds), "seconds_max": max(seconds),
-                    "private_nbytes_median": statistics.median(climb.private_nbytes for climb in mine), "proportional_nbytes_median": statistics.median(climb.proportional_nbytes for climb in mine),
+                    "private_nbytes_median": statistics.median(climb.private_nbytes for climb in counted), "proportional_nbytes_median": statistics.median(climb.proportional_nbytes for climb in counted),
                 }
             )  # fmt: skip
     return rows
