@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sllm_mini.checkpoint import convert_checkpoint
+from sllm_mini.cluster import Zygote
 from sllm_mini.errors import FormatError, SllmError
 from sllm_mini.lab import startbench
 from sllm_mini.lab.startbench import PEER, PROCESSES, RUNGS, Options, document, measure_start, play, read_start
@@ -68,6 +71,17 @@ def test_why_there_is_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_that_does_not_start_says_what_it_said() -> None:
     with pytest.raises(SllmError, match="it is broken"), startbench._process([sys.executable, "-c", "raise SystemExit('it is broken')"], startbench._free_port()):
         pass
+
+
+def test_what_a_runtime_prepares_is_timed_by_itself_and_fails_in_words(tmp_path: Path) -> None:
+    checkpoint = convert_checkpoint(resource("data/models/tiny"), tmp_path / "tiny")
+    with Zygote([], [startbench._TIMED]) as runtime:
+        began = time.perf_counter()
+        seconds = startbench._prepared_seconds(runtime, checkpoint)
+        assert 0 < seconds < time.perf_counter() - began
+        (tmp_path / "tiny" / "config.json").unlink()
+        with pytest.raises(SllmError, match="could not be prepared"):
+            startbench._prepared_seconds(runtime, checkpoint)
 
 
 @pytest.mark.slow

@@ -3,8 +3,9 @@
 Every row is a start that a client sees over HTTP, with the same prompt, greedy. A process that does not run yet is started and asked for its
 model once it says at /health that it is up: until then it imports, which both pay and which stands apart (`imports_seconds`). Of ours the
 runtime that workers are forked from is up then, too, and prepares the model (`inference.templates`), perhaps before it is asked for: that is no import,
-so what a fork of a runtime takes for it is measured beside each such start and counted as if all of it came after (`prepared_seconds`). The other rows ask a server that runs, whose model is in its node's memory: "runtime" has no
-process for it, and a fork of the zygote attaches to the bytes; "dram", "device" and "ready" have an instance that is as warm as that.
+so what a fork of a runtime takes for it is measured beside each such start and counted as if all of it came after (`prepared_seconds`). The other
+rows ask a server that runs, whose model is in its node's memory: "runtime" has no process for it, and a fork of the zygote, which has prepared the
+model, attaches to the bytes; "dram", "device" and "ready" have an instance that is as warm as that.
 Rows take turns in shuffled rounds. Shown in chapter 11.
 """
 
@@ -29,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from sllm_mini.checkpoint import Checkpoint, convert_checkpoint
-from sllm_mini.cluster import Zygote
-from sllm_mini.cluster.nodes.launchers import IMPORTS, PREPARE
+from sllm_mini.cluster import ForkOptions, Zygote
+from sllm_mini.cluster.nodes.launchers import IMPORTS
 from sllm_mini.device.cpu import cpu_count
 from sllm_mini.errors import SllmError
+from sllm_mini.inference.templates import prepare
 from sllm_mini.lab.bench.conditions import make_cold, make_warm
 from sllm_mini.lab.bench.document import read_document
 from sllm_mini.lab.servebench.sender import Sender
@@ -49,6 +51,7 @@ WARM_RATIO, REST_RATIO = 20.0, 2.0
 _PROMPT = "Once upon a time"
 _SECONDS = 120.0
 _LOOK_SECONDS = 0.005
+_TIMED = "sllm_mini.lab.startbench:timed_prepare"
 Start = Callable[[str], dict[str, Any]]
 """Starts by a row; gives `seconds`, `imports_seconds`, `prepared_seconds` (of the seconds none), `text` and `timing`."""
 
@@ -82,7 +85,7 @@ def measure_start(model: str | os.PathLike[str], options: Options, *, folder: Pa
         with ExitStack() as stack:
             say("starting a server")
             warm = stack.enter_context(_ours(checkpoint, threads))
-            runtime = stack.enter_context(Zygote(IMPORTS, [PREPARE]))
+            runtime = stack.enter_context(Zygote(IMPORTS, [_TIMED]))
             names = (*PROCESSES, *RUNGS, *(() if skipped else (PEER,)))
             samples = play(starts_of(checkpoint, source, warm, runtime, threads, options.tokens), names, options, say)
         facts = {
@@ -178,12 +181,22 @@ def starts_of(checkpoint: Checkpoint, source: Path, warm: str, runtime: Zygote, 
 
 
 def _prepared_seconds(runtime: Zygote, checkpoint: Checkpoint) -> float:
-    """What a runtime that has not met the model yet takes to prepare it; with the fork and its end, which a server's does without."""
+    """What a runtime that has not met the model yet takes to prepare it, by its own clock."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            child = runtime.fork(_TIMED, os.fspath(checkpoint.path), options=ForkOptions(channel=theirs))
+        with child, ours.makefile() as said:
+            if not (seconds := said.readline()):
+                raise SllmError(f"{checkpoint.path} could not be prepared (status {child.wait(_SECONDS)})")
+            return float(seconds)
+
+
+def timed_prepare(path: str, *, channel: socket.socket) -> None:
+    """In a fork of the runtime: says how many seconds it took."""
     began = time.perf_counter()
-    with runtime.fork(PREPARE, os.fspath(checkpoint.path)) as child:
-        if status := child.wait(_SECONDS):
-            raise SllmError(f"{checkpoint.path} could not be prepared (status {status})")
-        return time.perf_counter() - began
+    prepare(path)
+    channel.sendall(f"{time.perf_counter() - began}\n".encode())
 
 
 def _wait_at(admin: AdminClient, rung: str) -> None:
