@@ -1,5 +1,5 @@
 """The page that shows the platform: what it is given, what it is drawn with, and that looking at it wakes nothing. How it looks in a
-browser is in browser/test_11_dashboard.py. Chapter 11."""
+browser is in browser/test_11_dashboard_page.py. Chapter 11."""
 
 from __future__ import annotations
 
