@@ -36,7 +36,7 @@ Data = TypeVar("Data")
 
 ALL_CHECKS_SECONDS = 90.0
 """How long the checks of one `grade` may take together, by the clock; nbgrader ends a cell after 120 s."""
-SHOW_LIMITS = Limits(cpu_seconds=120, seconds=100.0, memory_nbytes=6 << 30, file_nbytes=2 << 30)
+SHOW_LIMITS = Limits(cpu_seconds=60, seconds=60.0, memory_nbytes=6 << 30, file_nbytes=2 << 30)
 """For what runs the whole package."""
 _STARTS = {"subprocess.Popen", "os.system", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.spawn"}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import importlib
 import inspect
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,18 +31,21 @@ class BlankError(ExerciseError):
 
 
 class Original:
-    """One function of the package, "module:name", and every live copy of it. Raises ExerciseError where there is none."""
+    """One function of the package, "module:name", and every live copy of it; of a package, also one that a module in it defines.
+    `file` is where it is written. Raises ExerciseError where there is none, or more than one of that name."""
 
     def __init__(self, target: str) -> None:
         module, _, self.name = target.partition(":")
         self.target = target
         try:
-            self.file = inspect.getfile(importlib.import_module(module))
+            place = inspect.getfile(importlib.import_module(module))
         except (ImportError, TypeError, ValueError) as error:
             raise ExerciseError(f"{target}: no module {module!r} to be written a function for; name one as package.module:function") from error
-        self.functions = _written_in(self.file, self.name)
-        if not self.functions:
-            raise ExerciseError(f"{target} is no function of {module}, or something stands in its place now; name a plain function, once at a time")
+        self.functions = _written_in(place.removesuffix("__init__.py"), self.name)
+        files = {function.__code__.co_filename for function in self.functions}
+        if len(files) != 1:
+            raise ExerciseError(f"{target} is no function of {module}, or several, or something stands in its place now; name a plain function, once at a time")
+        self.file = files.pop()
 
     def blank(self) -> None:
         """From now on, for good, every copy raises BlankError."""
@@ -92,12 +96,13 @@ class _OnceInside:
             self._here.inside = False
 
 
-def _written_in(file: str, name: str) -> Sequence[FunctionType]:
+def _written_in(place: str, name: str) -> Sequence[FunctionType]:
     frozen = gc.get_freeze_count() > 0
     if frozen:
         gc.unfreeze()  # what is frozen is not among the objects that gc names
     try:
-        return [each for each in gc.get_objects() if type(each) is FunctionType and each.__code__.co_qualname == name and each.__code__.co_filename == file]
+        functions = [each for each in gc.get_objects() if type(each) is FunctionType and each.__code__.co_qualname == name]
+        return [each for each in functions if each.__code__.co_filename == place or (place.endswith(os.sep) and each.__code__.co_filename.startswith(place))]
     finally:
         if frozen:
             gc.freeze()
