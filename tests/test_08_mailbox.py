@@ -113,7 +113,7 @@ def test_what_is_not_acknowledged_goes_again_and_not_before_its_time() -> None:
     assert [letter.number for letter in box.due(0.0)] == [1, 2, 3] and box.due(AGAIN - 0.1) == []
     box.acknowledge(2)
     box.acknowledge(1)  # overtaken
-    assert [letter.message.text for letter in box.due(AGAIN)] == ["c"] and box.due(AGAIN) == []
+    assert [letter.message for letter in box.due(AGAIN)] == [Note("c")] and box.due(AGAIN) == []
     with pytest.raises(WireError, match="4 was acknowledged and 3 were sent"):
         box.acknowledge(4)
 
@@ -179,6 +179,20 @@ def test_what_breaks_its_schema_or_is_too_large_is_an_error_where_it_is_said() -
             one.speak(mine())
         other.last(its(), Note("usable still"))
         assert heard(one, mine()) == [(Note("usable still"), b"")]
+
+
+def test_with_somebody_who_is_told_what_cannot_be_said_is_left_out_and_nothing_else() -> None:
+    refused: list[tuple[Note, str]] = []
+    with talking(speaking=False) as (one, other, mine, its):
+        other._on_refused = lambda note, error: refused.append((note, str(error)))
+        for note in (Note("a"), Note("x" * 101), Note("b"), Note("y" * 101), Note("c")):
+            other.post(note)
+        speaking = threading.Thread(target=_speak, args=(other, its()))
+        speaking.start()
+        assert [note.text for _ in range(3) for note, _ in heard(one, mine())] == ["a", "b", "c"]
+        other.end()
+        speaking.join()
+    assert [note.text[0] for note, _ in refused] == ["x", "y"] and all("schema" in why for _, why in refused)
 
 
 def test_a_payload_that_is_too_large_is_refused_where_it_is_heard() -> None:

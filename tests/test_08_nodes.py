@@ -18,9 +18,10 @@ from processes import PATIENCE, is_gone, on_the_path
 from range_server import RangeServer
 
 from sllm_mini.checkpoint import convert_checkpoint
+from sllm_mini.cluster.block_messages import Part, Step
 from sllm_mini.cluster.live.options import NodeOptions
+from sllm_mini.cluster.nodes import lanes, remote
 from sllm_mini.cluster.nodes import messages as node
-from sllm_mini.cluster.nodes import remote
 from sllm_mini.cluster.nodes.agent import NodeAgent
 from sllm_mini.cluster.nodes.program import Agent, connected_node, local_node
 from sllm_mini.cluster.nodes.remote import RemoteNode
@@ -281,6 +282,77 @@ def test_with_a_full_disk_a_model_is_loaded_past_the_cache(small_disk: Path, tin
         assert not [each for each in heard.answers if isinstance(each, node.Stored) and each.tier is Tier.DISK]
 
 
+def test_a_node_whose_launcher_cannot_be_made_leaves_nothing(tmp_path: Path, tiny: Path) -> None:
+    def no_launcher(_store: object) -> Any:
+        raise OSError("no process can be started")
+
+    before, threads = len(os.listdir("/proc/self/fd")), set(threading.enumerate())
+    with pytest.raises(OSError, match="no process can be started"):
+        NodeAgent("n", 1, no_launcher, OPTIONS, tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before and set(threading.enumerate()) <= threads
+    with agent_of(tmp_path, Worker) as (agent, heard):
+        assert register(agent, heard, tiny, "tiny") == [Tier.DISK]
+
+
+def test_a_load_that_fails_as_nobody_expects_after_its_instance_serves_loses_that(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the controller would wait for its last byte for ever."""
+
+    def broken(load: Any) -> None:
+        raise ValueError("no such byte")
+
+    monkeypatch.setattr(lanes.Load, "over", property(lambda _load: False))
+    monkeypatch.setattr(lanes.Load, "wait", broken)
+    with agent_of(tmp_path, Worker) as (agent, heard):
+        register(agent, heard, tiny, "tiny")
+        agent.give(replace(climb(7), overlap=True))
+        assert heard.wait(node.Serves).instance == 7
+        answer = heard.wait(node.Lost)
+        assert (answer.instance, answer.reason) == (7, "ValueError: no such byte")
+
+
+class Stubborn(Worker):
+    """Raises what nobody expects when a request is to move."""
+
+    address = "there"
+
+    def move(self, *_args: object, **_named: object) -> None:
+        raise ValueError("no such request")
+
+
+def test_a_move_that_fails_as_nobody_expects_is_over_all_the_same(tmp_path: Path, tiny: Path) -> None:
+    with agent_of(tmp_path, lambda _name: Stubborn()) as (agent, heard):
+        register(agent, heard, tiny, "tiny")
+        agent.give(climb(7))
+        heard.wait(node.Reached)
+        agent.give(node.Move("r", 7, "elsewhere", "tokens", 4, 2))
+        moved = heard.wait(node.Moved)
+        assert (moved.request_id, moved.epoch, moved.outcome) == ("r", 2, "stayed")
+
+
+def test_a_part_that_fails_as_nobody_expects_is_told_with_its_reason(tmp_path: Path, tiny: Path) -> None:
+    with agent_of(tmp_path, Worker) as (agent, heard):
+        register(agent, heard, tiny, "tiny")
+        agent.give(node.Fetch("p", "tiny", Part("p", 0, 1 << 20, [agent.fetching.address], [], [])))
+        assert heard.wait(node.Fetched).error.startswith("ValueError: blocks of 1,048,576 bytes cannot be checked one by one")
+
+
+def test_a_model_that_fails_as_nobody_expects_is_answered_and_the_next_one_is_registered(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with agent_of(tmp_path, Worker) as (agent, heard):
+        kept = agent.store.register
+
+        def register_one(model: str, source: str) -> Any:
+            if model == "broken":
+                raise ValueError("no such tensor")
+            return kept(model, source)
+
+        monkeypatch.setattr(agent.store, "register", register_one)
+        agent.give(node.Register("broken", str(tiny)))
+        agent.give(node.Register("tiny", str(tiny)))
+        failed = heard.wait(node.OrderFailed)
+        assert (failed.model, failed.kind, failed.message) == ("broken", "ValueError", "no such tensor")
+        assert heard.wait(node.Registered).model == "tiny"
+
+
 def until(what: Callable[[], bool]) -> None:
     deadline = time.monotonic() + SECONDS
     while not what():
@@ -342,11 +414,64 @@ def test_a_node_whose_driver_is_silent_ends_itself_and_says_why(tmp_path: Path) 
         assert process.wait(PATIENCE) == 1 and len(said) > 2, "it beat until then"
 
 
-def test_what_cannot_be_said_to_a_node_ends_it_with_the_reason(tmp_path: Path) -> None:
+def steps(count: int) -> Part:
+    return Part("p", 0, 1 << 20, ["here"], [], [Step(0, number % 1000) for number in range(count)])
+
+
+UNSAYABLE: list[tuple[node.NodeOrder, bytes, type[node.NodeAnswer], str]] = [
+    (node.Register("x" * 2000, "somewhere"), b"", node.OrderFailed, "schema"),
+    (node.Climb(-1, 3, "tiny", COLD, READY, Tier.DISK, [0]), b"", node.Lost, "schema"),
+    (node.Run(1, "r", 2), bytes(remote.MAX_SESSION_NBYTES + 1), node.RunFailed, "payload"),
+    (node.Run(1, "r" * 5000, 2), b"", node.RunFailed, "schema"),
+    (node.Move("r", 1, "x" * 5000, "tokens", 4, 2), b"", node.Moved, ""),
+    (node.Fetch("p", "tiny", steps(100_000)), b"", node.Fetched, "bytes and the channel takes 1,048,576"),
+    (node.Fetch("p" * 2000, "tiny", None), b"", node.Fetched, "schema"),
+]
+
+
+def test_an_order_that_no_message_carries_fails_alone(tmp_path: Path, tiny: Path) -> None:
+    """Each is answered as one that could not be carried out, and those after it come."""
+    with process_of(tmp_path) as (handle, heard, _):
+        for order, payload, *_answer in UNSAYABLE:
+            handle.give(order, payload)
+        handle.give(node.Register("tiny", str(tiny)))
+        assert heard.wait(node.Registered).model == "tiny"
+        for order, _, kind, why in UNSAYABLE:
+            assert why in str(heard.wait(kind)), order
+        assert heard.why is None
+
+
+def test_a_fetch_that_no_message_carries_leaves_the_climb_that_waits_for_it_to_read_by_itself(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    posted: list[Any] = []
+    with process_of(tmp_path) as (handle, heard, _):
+        kept = handle._conversation.post
+        monkeypatch.setattr(handle._conversation, "post", lambda order, payload=b"": (posted.append(order), kept(order, payload)))
+        handle.give(node.Fetch("p", "tiny", steps(100_000)))
+        heard.wait(node.Fetched)
+        handle.give(node.Register("tiny", str(tiny)))
+        heard.wait(node.Registered)
+        assert node.Fetch("p", "tiny", None) in posted
+
+
+def test_a_node_that_cannot_be_told_to_join_ends_with_the_reason(tmp_path: Path) -> None:
     with process_of(tmp_path) as (handle, heard, pid):
-        handle.give(node.Register("x" * 2000, "somewhere"))
+        handle.give(node.Join("n", -1, "run", "arbiter"))
         why = heard.end()
-        assert why.startswith("it cannot be told any more") and "ToNode breaks its own schema" in why and is_gone(pid)
+        assert why.startswith("it cannot be told what it must be") and "ToNode breaks its own schema" in why and is_gone(pid)
+
+
+def test_a_node_that_cannot_be_listened_to_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: Begin) -> None:
+    """Its thread cannot be started: nothing of the node is left, and the error is not another one."""
+    before, handle = len(os.listdir("/proc/self/fd")), begin(Agent("n", 1, str(tmp_path), QUICK))
+
+    def full(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="new thread"):
+        patch.setattr(threading.Thread, "start", full)
+        handle.open(lambda *_: None, lambda _why: None)
+    handle.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_an_agent_that_ends_before_it_connects_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

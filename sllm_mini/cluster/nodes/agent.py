@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ from sllm_mini.cluster.nodes.fetching import Fetching
 from sllm_mini.cluster.nodes.lanes import Lane
 from sllm_mini.cluster.nodes.rung_memory import RungMemory
 from sllm_mini.cluster.nodes.workers import Launcher
-from sllm_mini.errors import SllmError, StoreError
+from sllm_mini.errors import StoreError
 from sllm_mini.inference.turns import Turns
 from sllm_mini.storage import Store, StoreServer
 from sllm_mini.storage import messages as stored
@@ -57,17 +57,6 @@ class NodeAgent:
         self.key = get_key() if host else b""
         self.devices, self.loads, self.memory = Devices(), Turns(), RungMemory()
         folder.mkdir(parents=True, exist_ok=True)
-        self.store = self._open_store()
-        try:
-            for left in folder.glob("moves-*"):  # by workers that were killed
-                left.unlink()
-            self._server = StoreServer(self.store, folder / "store.sock")
-            self.store_address = self._server.address
-            self.fetching = Fetching(self.store, self.address("blocks"), self.answer, bytes_per_second=options.link_bytes_per_second)
-            self.launcher = launcher(self.store)
-        except BaseException:
-            self.store.close()
-            raise
         self._lock = threading.Lock()
         self._lanes: dict[int, Lane] = {}
         self._ending: list[Lane] = []
@@ -80,11 +69,12 @@ class NodeAgent:
         """The store's places in which they are; for the registrar."""
         self._registering: queue.SimpleQueue[node.Register | node.Forget | Literal["look"] | None] = queue.SimpleQueue()
         self._registrar = threading.Thread(target=self._register_all, name=f"sllm-register-{name}", daemon=True)
-        self._registrar.start()
         self._on_disk: set[str] = set()
         """Models whose source or cache is on this machine's disk."""
-        self._stop_listening = self.store.listen(self._happened)
         self.join: node.Join | None = None
+        with ExitStack() as made:
+            self._make(launcher, made)
+            made.pop_all()
 
     # A handle
 
@@ -154,6 +144,22 @@ class NodeAgent:
 
     # Parts
 
+    def _make(self, launcher: Callable[[Store], Launcher], made: ExitStack) -> None:
+        """Its parts that others hear of; `made` is what is to be given back where one cannot be made."""
+        self.store = self._open_store()
+        made.callback(self.store.close)
+        for left in self.folder.glob("moves-*"):  # by workers that were killed
+            left.unlink()
+        self._server = StoreServer(self.store, self.folder / "store.sock")
+        made.callback(self._server.close)
+        self.store_address = self._server.address
+        self.fetching = Fetching(self.store, self.address("blocks"), self.answer, bytes_per_second=self.options.link_bytes_per_second)
+        made.callback(self.fetching.close)
+        self.launcher = launcher(self.store)
+        made.callback(self.launcher.close)
+        self._stop_listening = self.store.listen(self._happened)
+        self._registrar.start()
+
     def _open_store(self) -> Store:
         """That of the incarnation before, with what it has on disk. Raises what a store raises."""
         options, deadline = self.options, time.monotonic() + _HANDOVER_SECONDS
@@ -199,7 +205,7 @@ class NodeAgent:
             self.answer(node.Registered(order.model, self.store.digest(order.model), tier, self.store.blocks(order.model, self.options.block_nbytes), layers))
             if "://" not in order.source:
                 self.launcher.prepare(order.source)  # last: whoever deploys does not wait for it
-        except (SllmError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - without an answer whoever deploys would wait, and so would all that come after
             self._keep(order.model, before)
             self.answer(node.OrderFailed(order.model, type(error).__name__, str(error)[:8000]))
 
@@ -219,9 +225,9 @@ class NodeAgent:
         try:
             with self.loads:
                 self.store.prefetch(model, place)
-        except (SllmError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - nobody looks at what becomes of it
             if not self.ended:
-                log.warning("%s is not kept in %s of %s as it should be: %s", model, place, self.name, error)
+                log.warning("%s is not kept in %s of %s as it should be: %s", model, place, self.name, node.reason_of(error))
 
     def _dropped(self, model: str) -> bool:
         """Whether the store has nothing of it (any more). While something of it is lent, it has."""

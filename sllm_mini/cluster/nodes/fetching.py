@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from sllm_mini.cluster.block_messages import Part
 from sllm_mini.cluster.blocks import BlockPeer
 from sllm_mini.cluster.nodes import messages as node
-from sllm_mini.errors import NoRoomError, SllmError, StoreError
+from sllm_mini.errors import NoRoomError, StoreError
 from sllm_mini.storage import Store
 from sllm_mini.storage.holdings import DRAM, Lease
 from sllm_mini.storage.incoming import BlockSource, HeldBlocks
@@ -124,8 +124,8 @@ class Fetching:
                 report = self._peer.run(part, image)
             read = report.read + report.fell_back
             fetched = node.Fetched(order.plan, order.model, report.planned, report.begged, read, report.sent, time.monotonic() - begun)
-        except (SllmError, OSError) as error:
-            fetched = node.Fetched(order.plan, order.model, seconds=time.monotonic() - begun, error=str(error)[:8000] or type(error).__name__)
+        except Exception as error:  # noqa: BLE001 - it would be told as a part that needed nothing
+            fetched = node.Fetched(order.plan, order.model, seconds=time.monotonic() - begun, error=node.reason_of(error))
         finally:
             way.ended = time.monotonic()
             way.decided.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -21,6 +22,8 @@ from sllm_mini.inference.turns import Turns
 from sllm_mini.storage import Store
 from sllm_mini.storage.holdings import Lease
 from sllm_mini.types import Tier, Warmth
+
+log = logging.getLogger("sllm_mini.cluster")
 
 
 class Home(Protocol):
@@ -95,10 +98,8 @@ class Lane:
                 order, payload = given
                 try:
                     self._do(order, payload)
-                except (SllmError, OSError) as error:
-                    self._lost(str(error))
                 except Exception as error:  # noqa: BLE001 - a lane that ended without a word would leave its instance climbing for ever
-                    self._lost(f"{type(error).__name__}: {error}")
+                    self._lost(node.reason_of(error))
         finally:
             self._give_back()
             self._agent.forget(self)
@@ -184,9 +185,9 @@ class Lane:
         """It serves; its last byte is waited for beside that."""
         try:
             load.wait()
-        except (SllmError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - its climb would never be over
             if order.epoch == self._epoch:  # else it has let go of the weights, or will meet the error when it climbs again
-                self._lost(str(error))
+                self._lost(node.reason_of(error))
                 self.orders.put(None)
         else:
             self._agent.answer(self._reached(order, load, rungs))
@@ -254,7 +255,7 @@ class Lane:
         except WireError as error:  # it is not the request that failed
             self._lost(str(error))
         except SllmError as error:
-            self._agent.answer(node.RunFailed(order.request_id, order.register_epoch, type(error).__name__, str(error)[:8000]))
+            self._agent.answer(node.RunFailed(order.request_id, order.register_epoch, type(error).__name__, node.reason_of(error)))
 
     def _move(self, order: node.Move, worker: WorkerHandle | None) -> None:
         begun = time.monotonic()
@@ -262,7 +263,9 @@ class Lane:
             if worker is None:
                 raise SllmError("its worker is gone")
             report = worker.move(order.request_id, order.address, mode=order.mode, target_gap_tokens=order.target_gap_tokens)
-        except SllmError:
+        except Exception as error:  # noqa: BLE001 - a move without an end would hold its request for ever
+            if not isinstance(error, SllmError):
+                log.warning("the move of request %s failed, and it stays where it is: %s", order.request_id, node.reason_of(error))
             self._agent.answer(node.Moved(order.request_id, order.epoch, "stayed", time.monotonic() - begun))
         else:
             self._agent.answer(node.Moved(order.request_id, order.epoch, report.outcome, time.monotonic() - begun, report))

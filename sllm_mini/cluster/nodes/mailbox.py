@@ -16,7 +16,7 @@ from math import inf
 from typing import Generic, TypeVar
 
 from sllm_mini.errors import WireError
-from sllm_mini.wire import Channel, Message
+from sllm_mini.wire import Channel, ChannelClosed, Message, WireTimeout
 
 _AHEAD = 1024
 """How many messages that came before their time are kept; the others come again."""
@@ -29,7 +29,8 @@ class Letter(Generic[M]):
     """A message to the other end. `sent` is when it last went there."""
 
     number: int
-    message: M
+    message: M | None
+    """None where it could not be said: its number must be taken all the same."""
     payload: bytes
     sent: float = -inf
 
@@ -43,7 +44,7 @@ class Mailbox(Generic[M, T]):
         self._again_seconds = again_seconds
         self._posted = 0
         self._waiting: dict[int, Letter[M]] = {}
-        self._ahead: dict[int, tuple[T, bytes]] = {}
+        self._ahead: dict[int, tuple[T | None, bytes]] = {}
 
     def post(self, message: M, payload: bytes = b"") -> None:
         """It is due at once."""
@@ -66,24 +67,31 @@ class Mailbox(Generic[M, T]):
                 break
             del self._waiting[number]
 
-    def take(self, number: int, message: T, payload: bytes = b"") -> list[tuple[T, bytes]]:
-        """A message has come: all those whose turn it is now. One that has been taken before is nobody's."""
+    def take(self, number: int, message: T | None, payload: bytes = b"") -> list[tuple[T, bytes]]:
+        """A message has come, or the number of one that could not be said: all those whose turn it is now. One that has been taken before
+        is nobody's."""
         if self.taken < number <= self.taken + _AHEAD:
             self._ahead.setdefault(number, (message, payload))
         found = []
         while self.taken + 1 in self._ahead:
             self.taken += 1
-            found.append(self._ahead.pop(self.taken))
+            next_one, with_it = self._ahead.pop(self.taken)
+            if next_one is not None:
+                found.append((next_one, with_it))
         return found
 
 
 class Conversation(Generic[M, T]):
     """One end over a channel. `frame(number, taken, message)` makes what goes over it, and what comes has these fields; a frame
     without a message is a beat, which goes every `beat_seconds` where nothing else does. What comes may have `max_payload_nbytes`
-    with it. `post`, `last` and `end` from any thread; `speak` and `hear` from one each."""
+    with it. `on_refused` is told of a message that breaks its schema or is too large, which is left out; without, it ends `speak`. `post`,
+    `last` and `end` from any thread; `speak` and `hear` from one each."""
 
-    def __init__(self, frame: Callable[[int, int, M | None], Message], beat_seconds: float, silent_seconds: float, *, max_payload_nbytes: int = 0) -> None:
-        self._frame, self._max_payload_nbytes = frame, max_payload_nbytes
+    def __init__(
+        self, frame: Callable[[int, int, M | None], Message], beat_seconds: float, silent_seconds: float, *, max_payload_nbytes: int = 0,
+        on_refused: Callable[[M, WireError], object] | None = None,
+    ) -> None:  # fmt: skip
+        self._frame, self._max_payload_nbytes, self._on_refused = frame, max_payload_nbytes, on_refused
         self._beat_seconds, self._silent_seconds = beat_seconds, silent_seconds
         self._mailbox: Mailbox[M, T] = Mailbox(2 * beat_seconds)
         self._changed = threading.Condition()
@@ -107,7 +115,7 @@ class Conversation(Generic[M, T]):
                 self._fresh = False
                 letters, taken = self._mailbox.due(time.monotonic()), self._mailbox.taken
             for letter in letters:
-                channel.send(self._frame(letter.number, taken, letter.message), payload=letter.payload, timeout=self._silent_seconds)
+                self._say(channel, letter, taken)
             if not letters:
                 channel.send(self._frame(0, taken, None), timeout=self._silent_seconds)
 
@@ -123,15 +131,27 @@ class Conversation(Generic[M, T]):
         payload = b"" if received.payload is None else bytes(received.payload)
         with self._changed:
             self._mailbox.acknowledge(frame.taken)
-            if frame.message is None:
-                return []
-            return self._mailbox.take(frame.number, frame.message, payload) if frame.number else [(frame.message, payload)]
+            if frame.number:
+                return self._mailbox.take(frame.number, frame.message, payload)
+            return [] if frame.message is None else [(frame.message, payload)]
 
     def end(self) -> None:
         """`speak` returns."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+
+    def _say(self, channel: Channel, letter: Letter[M], taken: int) -> None:
+        try:
+            channel.send(self._frame(letter.number, taken, letter.message), payload=letter.payload, timeout=self._silent_seconds)
+        except (ChannelClosed, WireTimeout):
+            raise
+        except WireError as error:
+            refused, letter.message, letter.payload = letter.message, None, b""
+            if self._on_refused is None or refused is None:
+                raise
+            channel.send(self._frame(letter.number, taken, None), timeout=self._silent_seconds)  # it raises where the channel has ended
+            self._on_refused(refused, error)
 
     def _memory(self, _frame: Message, nbytes: int) -> bytearray:
         if nbytes > self._max_payload_nbytes:

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from sllm_mini.cluster.block_messages import Part, PlanId
 from sllm_mini.cluster.nodes.worker_messages import Rung
+from sllm_mini.errors import SllmError
 from sllm_mini.inference.migration.messages import Mode, Report
 from sllm_mini.inference.ownership.messages import RequestName
 from sllm_mini.types import Tier, Warmth
@@ -275,6 +276,12 @@ class FromNode(Message, frozen=True):
     number: Count
     taken: Count
     message: NodeAnswer | Ending | None
+
+
+def reason_of(error: BaseException) -> str:
+    """What a message says of it; with its kind where nobody raises it on purpose."""
+    text = str(error) if isinstance(error, SllmError | OSError) else f"{type(error).__name__}: {error}"
+    return text[:8000] or type(error).__name__
 
 
 def owner_name(run: str, node: str, incarnation: int, instance: int, epoch: int) -> str:

@@ -7,6 +7,7 @@ at once, and a node that cannot hear its driver serves nobody. Costs two threads
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -18,11 +19,14 @@ from sllm_mini.cluster.live.options import NodeOptions
 from sllm_mini.cluster.nodes import messages as node
 from sllm_mini.cluster.nodes.mailbox import Conversation
 from sllm_mini.errors import WireError
+from sllm_mini.inference.workers.worker import MAX_SESSION_NBYTES
 from sllm_mini.wire import Channel, ChannelClosed, Listener, WireTimeout
 
 _CLOSE_SECONDS = 10.0
 _START_SECONDS = 30.0
 _LOOK_SECONDS = 0.1
+
+log = logging.getLogger("sllm_mini.cluster")
 
 
 class AgentProcess(Protocol):
@@ -49,21 +53,27 @@ class RemoteNode:
         self.name, self.incarnation = name, incarnation
         self._options, self._process, self._way = options, process, way
         self._conversation: Conversation[node.NodeOrder | node.Leave, node.NodeAnswer | node.Ending] = Conversation(
-            node.ToNode, options.beat_seconds, options.silent_seconds,
+            node.ToNode, options.beat_seconds, options.silent_seconds, on_refused=self._refused,
         )  # fmt: skip
+        self._on_answer: Callable[[node.NodeAnswer, bytes], None] = lambda _answer, _payload: None
         self._why = ""
         self._lock = threading.Lock()
         self._channel: Channel[node.FromNode] | None = None
         self._thread: threading.Thread | None = None
 
     def open(self, on_answer: Callable[[node.NodeAnswer, bytes], None], on_gone: Callable[[str], None]) -> None:
-        """From now on its answers are told, on a thread of its own."""
-        self._thread = threading.Thread(target=self._run, args=(on_answer, on_gone), name=f"sllm-hear-{self.name}", daemon=True)
-        self._thread.start()
+        """From now on its answers are told, on threads of its own."""
+        self._on_answer = on_answer
+        thread = threading.Thread(target=self._run, args=(on_answer, on_gone), name=f"sllm-hear-{self.name}", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def give(self, order: node.NodeOrder, payload: bytes = b"") -> None:
-        """Takes an order; never waits, never raises."""
-        self._conversation.post(order, payload)
+        """Takes an order; never waits, never raises. One that no message carries is answered as one that failed."""
+        if len(payload) > MAX_SESSION_NBYTES:  # the agent would take it for another protocol, and end
+            self._refused(order, WireError(f"node {self.name}: a payload of {len(payload):,} bytes is more than the {MAX_SESSION_NBYTES:,} that are taken"))
+        else:
+            self._conversation.post(order, payload)
 
     def kill(self) -> None:
         """SIGKILL; its workers end with it."""
@@ -83,6 +93,18 @@ class RemoteNode:
         except TimeoutExpired:
             self._process.kill()
         self._thread.join()
+
+    def _refused(self, order: node.NodeOrder | node.Leave, error: WireError) -> None:
+        """The node never hears of it, and lives."""
+        answer = _answer_to(order, str(error)[:8000])
+        if answer is not None:
+            self._on_answer(answer, b"")
+        elif isinstance(order, node.Pipeline):
+            log.warning("the nodes of a plan do not serve its model together: %s", error)  # they have it whole soon
+        else:
+            self._end(f"it cannot be told what it must be ({error})")
+        if isinstance(order, node.Fetch) and order.part is not None:
+            self.give(node.Fetch(order.plan, order.model, None))  # who waits for the plan there reads the model itself
 
     def _end(self, why: str) -> None:
         """At once; its connection too, for where a kill takes its time."""
@@ -149,3 +171,19 @@ class RemoteNode:
             return  # the thread that hears tells it
         except WireError as error:
             self._end(f"it cannot be told any more ({error})")
+
+
+def _answer_to(order: node.NodeOrder | node.Leave, why: str) -> node.NodeAnswer | None:
+    """What a node says to an order that it cannot carry out; None where it says nothing."""
+    match order:
+        case node.Register(model=model):
+            return node.OrderFailed(model, WireError.__name__, why)
+        case node.Fetch(plan=plan, model=model):
+            return node.Fetched(plan, model, error=why)
+        case node.Climb(instance=instance, epoch=epoch):
+            return node.Lost(instance, epoch, why)
+        case node.Run(request_id=request_id, register_epoch=epoch):
+            return node.RunFailed(request_id, epoch, WireError.__name__, why)
+        case node.Move(request_id=request_id, epoch=epoch):
+            return node.Moved(request_id, epoch, "stayed", 0.0)
+    return None
