@@ -6,8 +6,8 @@
     folder/deployments.json what was deployed
 
 A record is its length, a checksum and MessagePack; one that was cut off by the end of its writer ends the journal. What is written
-reaches the page cache: a killed process loses nothing, a machine that loses power may. Costs one `write` a delivery of
-tokens (some 3 us).
+reaches the page cache: a killed process loses nothing, a machine that loses power may. On a full disk it waits in memory until there is
+room, and a killed process loses it. Costs one `pwrite` a delivery of tokens (some 3 us).
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
+from sllm_mini.cluster.appending import MOST_NBYTES, AppendFile
 from sllm_mini.errors import FormatError, SllmError, WriteError
 from sllm_mini.inference.ownership.ledger import LedgerPiece
 from sllm_mini.inference.ownership.messages import Finish, Token
@@ -74,16 +76,28 @@ class Past:
 class Journal:
     """Appends to one file, which is made where it is not there. `now` gives the seconds that are written. Safe from several threads.
 
-    A write that fails is remembered in `error` and nothing is written after it: what the readers have is right, but it could
-    not be resumed, so whoever owns the journal takes no request then.
+    What the disk does not take waits for `retry`, and `error` says why. Once more than `most_nbytes` wait the journal is `lost`: what the
+    readers have is right, but it could not be resumed, so whoever owns the journal takes no request then.
     """
 
-    def __init__(self, path: Path, now: Callable[[], float]) -> None:
-        self.path, self.error = path, ""
+    def __init__(self, path: Path, now: Callable[[], float], most_nbytes: int = MOST_NBYTES) -> None:
+        self.path = path
         self._now = now
         self._lock = threading.Lock()
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self.nbytes = os.fstat(self._file).st_size
+        self._file = AppendFile(path, most_nbytes=most_nbytes)
+
+    @property
+    def error(self) -> str:
+        return self._file.error
+
+    @property
+    def lost(self) -> bool:
+        return self._file.lost
+
+    @property
+    def nbytes(self) -> int:
+        """Of the file."""
+        return self._file.nbytes
 
     def opened(self, number: int, request_id: str, model: str, prefix: str, at: float, session: bytes) -> None:
         self._write(Opened(number, request_id, model, prefix, at, session))
@@ -94,42 +108,39 @@ class Journal:
     def ended(self, request_id: str, finish: Finish | None, error: str | None) -> None:
         self._write(Ended(request_id, finish, error))
 
+    def retry(self) -> None:
+        """Writes what waits. Raises WriteError where it waits still, or is lost."""
+        with self._lock:
+            if not self._file.retry():
+                raise WriteError(self._file.error)
+
     def compact(self) -> None:
-        """Rewrites the file with the requests that are not over; nothing is written by others meanwhile. Raises WriteError."""
+        """Rewrites the file with the requests that are not over, and the last one, whose number the next ones follow; nothing is written by
+        others meanwhile. Raises WriteError, and the file stays as it is."""
         with self._lock:
             beside = self.path.with_suffix(".new")
             try:
+                known = read_journal(self.path)
+                last = max((past.opened.number for past in known), default=0)
                 with open(beside, "wb") as file:
-                    for past in read_journal(self.path):
-                        if not past.over:
+                    for past in known:
+                        if not past.over or past.opened.number == last:
                             file.writelines(map(_framed, _retold(past)))
-                os.replace(beside, self.path)
-                file_no = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+                self._file.become(beside)
             except OSError as error:
-                raise WriteError(f"the journal cannot be rewritten ({error}); free some space", path=beside) from error
-            os.close(self._file)
-            self._file, self.nbytes = file_no, os.fstat(file_no).st_size
+                with suppress(OSError):
+                    beside.unlink(missing_ok=True)
+                raise WriteError(f"the journal cannot be rewritten ({error.strerror}); free some space", path=self.path) from error
 
     def close(self) -> None:
         """What is said afterwards is not written."""
         with self._lock:
-            if self._file >= 0:
-                os.close(self._file)
-                self._file = -1
+            self._file.close()
 
     def _write(self, record: _Record) -> None:
         frame = _framed(record)
         with self._lock:
-            if self._file < 0 or self.error:
-                return
-            try:
-                written = os.write(self._file, frame)
-            except OSError as error:
-                self.error = f"the journal {self.path} cannot be written ({error.strerror}); free some space and open the cluster again"
-                return
-            self.nbytes += written
-            if written < len(frame):
-                self.error = f"the journal {self.path} cannot be written whole; free some space and open the cluster again"
+            self._file.append(frame)
 
 
 def read_journal(path: Path) -> list[Past]:
@@ -166,6 +177,8 @@ def write_whole(path: Path, data: bytes) -> None:
         beside.write_bytes(data)
         os.replace(beside, path)
     except OSError as error:
+        with suppress(OSError):  # the room that it took is needed
+            beside.unlink(missing_ok=True)
         raise WriteError(f"it cannot be written ({error.strerror}); free some space", path=path) from error
 
 
@@ -178,6 +191,8 @@ def _retold(past: Past) -> Iterator[_Record]:
     yield past.opened
     for piece in past.pieces:
         yield Taken(piece.arrived, [Token(past.opened.request_id, piece.epoch, piece.position, piece.token_id, piece.text, None, piece.logprob, piece.top, piece.vector)])
+    if past.over:
+        yield Ended(past.opened.request_id, past.finish, past.error)
 
 
 def _records(path: Path) -> Iterator[tuple[int, _Record]]:

@@ -13,18 +13,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 from sllm_mini.cluster.accounting import Accountant
 from sllm_mini.cluster.api import Ask, Cluster, Deployment, Metrics, NodeReport, RefusedError, keep_alive_seconds
-from sllm_mini.cluster.journal import Journal, read_journal, repair
-from sllm_mini.cluster.live.carry import Carry, NodeHandle
+from sllm_mini.cluster.journal import Journal, Past, read_journal, repair
+from sllm_mini.cluster.live.adding import Adder, Handles
+from sllm_mini.cluster.live.carry import Carry
 from sllm_mini.cluster.live.handles import handles_of
 from sllm_mini.cluster.live.keeping import Keeper
 from sllm_mini.cluster.live.loop import Loop
-from sllm_mini.cluster.live.members import Members
+from sllm_mini.cluster.live.members import Members, of_deployment
 from sllm_mini.cluster.live.options import ControlOptions, LiveOptions
 from sllm_mini.cluster.live.prompts import Prompts
 from sllm_mini.cluster.live.readings import metrics_of, reports_of, result_of
@@ -42,8 +44,6 @@ from sllm_mini.errors import SllmError, UnsupportedError
 from sllm_mini.types import Tier, Warmth
 from sllm_mini.wire.tcp import ensure_key, join_address
 
-Handles = Callable[[m.NodeSpec, int], NodeHandle]
-"""Makes a node of its spec and its incarnation."""
 Resume = bool | Literal["models"]
 """See `open_cluster`."""
 
@@ -59,16 +59,22 @@ class LiveCluster:
         self._handles, self._control = handles, control
         self._prompts, self._closing, self._closed = Prompts(), threading.Lock(), False
         self._keeper = Keeper(folder, self.options.snapshot_seconds)
-        controller, path = control.controller(), folder / "ledger.bin"
+        with ExitStack() as made:
+            self._make(control, resume, made)
+            made.pop_all()
+
+    def _make(self, control: ControlOptions, resume: Resume, made: ExitStack) -> None:
+        """`made` is what is to be given back where it cannot be made whole."""
+        folder, controller, path = self.folder, control.controller(), self.folder / "ledger.bin"
+        past, before, deployments = list[Past](), 0.0, list[Deployment]()
         if resume:
             repair(path)
             past, (before, deployments) = read_journal(path), self._keeper.go_on(controller)
+            made.callback(self._keeper.close)
             before = max([before, *(each.pieces[-1].arrived if each.pieces else each.opened.at for each in past)])
-        else:
-            past, before, deployments = [], 0.0, []
-            self._keeper.begin(control.header())
         self._opened = time.monotonic() - before
         self._journal = Journal(path, lambda: self.now)
+        made.callback(self._journal.close)
         accountant = Accountant(self.options.keep_spans)
         for record in read_log(self._keeper.log()) if resume else ():
             accountant.tell(record)
@@ -80,10 +86,13 @@ class LiveCluster:
             address, now=lambda: self.now, opened=self._opened, on_end=self._ended, journal=self._journal,
             max_waiting=self.options.max_waiting, max_restarts=self.options.max_restarts,
         )  # fmt: skip
+        made.callback(self._router.close, "503: the cluster could not be opened")
+        made.callback(self._journal.close)  # before that: to be resumed, what goes on must not be over there
         carry = Carry(self._router, self.options, self.run, lambda: self.now, self._loop.set_timer, self._concurrency)
         self._spreading = carry.spreading = Spreading(self.options, self.run, carry.handles, self._holders, lambda: self.now)
-        self._members = Members(carry, lambda handle: node.Join(handle.name, handle.incarnation, self.run, self._router.address))
+        self._members = Members(carry, lambda handle: node.Join(handle.name, handle.incarnation, self.run, self._router.address), self._keeper.deployed)
         self._loop.carry, self._loop.members = carry, self._members
+        self._adder = Adder(self._loop, self._handles, self.options.join_seconds)
         self._reviver = self._members.reviver = Reviver(
             self.add_node, lambda name: self._loop.call(lambda: self._members.is_away(name)), lambda name, times: self._loop.call(lambda: self._members.given_up(name, times)),
             lambda: self.now, self.options.revive, self.options.revive_seconds,
@@ -95,6 +104,9 @@ class LiveCluster:
                 if resume == "models" and not one.over:
                     self._router.cancel(one.opened.request_id)
             self._reconcile()
+        else:
+            self._keeper.begin(control.header())  # last: a folder with a log is a cluster's
+            made.callback(self._keeper.close)
         self._loop.start()
 
     @classmethod
@@ -116,16 +128,18 @@ class LiveCluster:
         done: Future[None] = Future()
         self._loop.do(lambda: self._members.deploy(deployment, done))
         try:
-            self._wait(done, f"the nodes did not register {deployment.spec.name}")
-        except SllmError:
-            self._loop.call(lambda: self._members.give_up(deployment))
-            raise
-        self._loop.call(self._keep_deployments)
+            done.result(self.options.join_seconds)
+        except TimeoutError as error:
+            if self._loop.call(lambda: self._members.give_up(deployment)):
+                raise SllmError(f"the nodes did not register {deployment.spec.name} within {self.options.join_seconds:g} s") from error
+            done.result()  # it came to its end just now
+        self._prompts.keep(each.source for each in self.models())
 
     def delete(self, model: str) -> None:
         self._loop.do(lambda: self._members.delete(model))
         self._loop.call(lambda: self._spreading.forget(model))
-        self._loop.call(self._keep_deployments)
+        self._loop.call(lambda: self._keeper.undeployed(self.models()))
+        self._prompts.keep(each.source for each in self.models())
 
     def prewarm(self, model: str, warmth: Warmth = Warmth.READY, keep_alive: float | None = None) -> None:
         self._deployed(model)
@@ -140,7 +154,7 @@ class LiveCluster:
         self._loop.check()
         if ask.embed and not self.embeds:
             raise UnsupportedError("the engines of this cluster have no hidden states to make embeddings of; ask for a text")
-        if self._journal.error:
+        if self._journal.lost:
             raise RefusedError(503, self._journal.error)
         found, keep_alive = self._deployed(ask.model), keep_alive_seconds(ask.keep_alive)
         self._router.check_room()
@@ -156,27 +170,7 @@ class LiveCluster:
         return LiveStream(self._router, request_id)
 
     def add_node(self, spec: m.NodeSpec) -> None:
-        incarnation = self._loop.call(lambda: self._members.incarnation(spec))
-        try:
-            handle = self._handles(spec, incarnation)
-        except BaseException:
-            self._loop.call(lambda: self._members.withdraw(spec.name))
-            raise
-        done: Future[None] = Future()
-        try:
-            self._loop.do(lambda: self._members.begin(handle, spec, done))
-            handle.open(
-                lambda answer, payload: self._loop.post(lambda: [*self._members.heard(handle, answer), *self._loop.carry.heard(handle, answer)]),
-                lambda why: self._loop.post(lambda: self._members.gone(handle, why)),
-            )
-            handle.give(self._members.join_order(handle))
-            self._wait(done, f"the node {spec.name} did not come up")
-        except BaseException as error:
-            why = f"it did not come up: {error}"
-            self._loop.post(lambda: self._members.gone(handle, why))
-            handle.kill()
-            handle.close()
-            raise
+        self._adder.add(spec)
 
     def spread(self, model: str, nodes: Sequence[str], plan: PlanKind = "binomial", timeout: float | None = None) -> dict[str, Fetched]:
         """Brings a model into the memory of these nodes, from whoever has it there, else from its source, which is read once; returns when each
@@ -291,10 +285,8 @@ class LiveCluster:
         for event in self._members.forget(self._loop.controller.cluster.models):
             self._loop.tell(event)
         if now >= self._keeper.next_at:
-            self._keeper.save(self._loop.controller, now)
+            self._keeper.save(self._loop.controller, now, self._journal, self.options.journal_nbytes)
             self._router.forget(now - self.options.remember_seconds)
-            if self._journal.nbytes > self.options.journal_nbytes:
-                self._journal.compact()
         return min(self._keeper.next_at - now, self._spreading.due(now))
 
     def _broken(self, error: BaseException) -> None:
@@ -306,9 +298,6 @@ class LiveCluster:
         self._router.fail_all(f"500: {failed}")
         for handle in self._loop.carry.handles.values():
             handle.kill()
-
-    def _keep_deployments(self) -> None:
-        self._keeper.deployed([deployment for deployment, _ in self._members.deployed.values()])
 
     def _renew(self) -> None:
         data = self._loop.controller.to_bytes()
@@ -323,15 +312,14 @@ class LiveCluster:
             self._loop.set_timer(timer, what.at)
         if nodes := list(controller.cluster.nodes):
             self._loop.tell(m.NodeLost(nodes[0], tuple(nodes[1:])))
+        for deployment, _ in self._members.deployed.values():  # written, and not told any more
+            known = controller.cluster.models.get(deployment.spec.name)
+            if known is None or known.deleted or known.spec != deployment.spec:
+                for event in of_deployment(deployment):
+                    self._loop.tell(event)
         for number in list(controller.cluster.requests):
             if not self._router.is_open(number):
                 self._loop.tell(m.RequestCancelled(number))
         for arrived in self._router.waiting():
             if arrived.request not in controller.cluster.requests:
                 self._loop.tell(arrived)
-
-    def _wait(self, done: Future[None], what: str) -> None:
-        try:
-            done.result(self.options.join_seconds)
-        except TimeoutError as error:
-            raise SllmError(f"{what} within {self.options.join_seconds:g} s") from error

@@ -18,7 +18,7 @@ from sllm_mini.cluster.live.carry import Carry, NodeHandle
 from sllm_mini.cluster.live.reviving import Reviver
 from sllm_mini.cluster.nodes import messages as node
 from sllm_mini.control import messages as m
-from sllm_mini.errors import SllmError
+from sllm_mini.errors import SllmError, WriteError
 from sllm_mini.types import Tier
 
 
@@ -47,10 +47,11 @@ class Deploying:
 
 class Members:
     """See the module. `deployed` are the models with the digests of their weights, `joined` the nodes with how often each name
-    has joined, `reasons` why those that are gone are."""
+    has joined, `reasons` why those that are gone are. `keep` writes what is deployed, or raises WriteError; a model that it could
+    not write is not deployed."""
 
-    def __init__(self, carry: Carry, join_order: Callable[[NodeHandle], node.Join]) -> None:
-        self._carry, self.join_order = carry, join_order
+    def __init__(self, carry: Carry, join_order: Callable[[NodeHandle], node.Join], keep: Callable[[list[Deployment]], object]) -> None:
+        self._carry, self.join_order, self._keep = carry, join_order, keep
         self.deployed: dict[str, tuple[Deployment, str]] = {}
         self.joined: dict[str, tuple[m.NodeSpec, int]] = {}
         self.reasons: dict[str, str] = {}
@@ -69,7 +70,7 @@ class Members:
     def incarnation(self, spec: m.NodeSpec) -> int:
         """Of the next node of this name, which is to join with it. Raises SllmError where one is alive or about to join."""
         if not self.is_away(spec.name):
-            raise SllmError(f"a node {spec.name} is alive; kill it first, or give another name")
+            raise SllmError(f"a node {spec.name} is alive, or on its way; kill it once it is there, or give another name")
         number = self.joined.get(spec.name, (spec, 0))[1] + 1
         self.joined[spec.name] = spec, number
         self.reasons[spec.name] = "it has not come up yet"
@@ -107,15 +108,16 @@ class Members:
         late = [each for each in self._joining.values() if each.missing is not None]
         for each in late:
             each.missing.add(name)  # type: ignore[union-attr]
-        for handle in (*self._carry.handles.values(), *(each.handle for each in late)):
-            handle.give(_register(deployment))
+        self._register(deployment)
         return []
 
-    def give_up(self, deployment: Deployment) -> None:
-        """Nobody waits for it any more; what registers it later is not heard."""
+    def give_up(self, deployment: Deployment) -> bool:
+        """Nobody waits for it any more; what registers it later is not heard. False where it is over."""
         deploying = self._deploying.get(deployment.spec.name)
-        if deploying is not None and deploying.deployment is deployment:
-            self._drop(deploying)
+        if deploying is None or deploying.deployment is not deployment:
+            return False
+        self._drop(deploying)
+        return True
 
     def delete(self, model: str) -> list[m.AnyEvent]:
         if self.deployed.pop(model, None) is None:
@@ -133,10 +135,17 @@ class Members:
             events += [m.Evicted(name, model, Tier.REMOTE) for name in self._carry.handles]
         return events
 
-    def heard(self, handle: NodeHandle, answer: node.NodeAnswer) -> list[m.AnyEvent]:
+    def has_joined(self, handle: NodeHandle) -> bool:
+        return self._carry.handles.get(handle.name) is handle
+
+    def is_ours(self, handle: NodeHandle) -> bool:
+        """Whether it is the present incarnation, which has joined or is about to."""
         joining = self._joining.get(handle.name)
-        if joining is not None and joining.handle is not handle:
-            joining = None
+        return self.has_joined(handle) or (joining is not None and joining.handle is handle)
+
+    def heard(self, handle: NodeHandle, answer: node.NodeAnswer) -> list[m.AnyEvent]:
+        """Of one that is ours."""
+        joining = self._joining.get(handle.name)
         match answer:
             case node.Joined():
                 if joining is not None and joining.missing is None:
@@ -163,8 +172,7 @@ class Members:
                     deploying.cached += cached
                     return self._finish(deploying)
             case node.Figures():
-                if self._is_ours(handle, joining):
-                    self.stores[handle.name] = StoreReport(**structs.asdict(answer))
+                self.stores[handle.name] = StoreReport(**structs.asdict(answer))
             case node.OrderFailed(model=model, kind=kind, message=message):
                 error = _error(kind, f"{handle.name}: {message}")
                 deploying = self._deploying.get(model)
@@ -180,7 +188,7 @@ class Members:
     def gone(self, handle: NodeHandle, why: str) -> list[m.AnyEvent]:
         """A node has gone, whether it had joined or not."""
         joining = self._joining.get(handle.name)
-        if self._is_ours(handle, joining):
+        if self.is_ours(handle):
             self.stores.pop(handle.name, None)
         if joining is not None and joining.handle is handle:
             del self._joining[handle.name]
@@ -208,9 +216,11 @@ class Members:
         self._joining.clear()
         self._deploying.clear()
 
-    def _is_ours(self, handle: NodeHandle, joining: Joining | None) -> bool:
-        """Whether it is the present incarnation."""
-        return self._carry.handles.get(handle.name) is handle or (joining is not None and joining.handle is handle)
+    def _register(self, deployment: Deployment) -> None:
+        """Told to all that have joined, or have begun to ask for models."""
+        late = [each.handle for each in self._joining.values() if each.missing is not None]
+        for handle in (*self._carry.handles.values(), *late):
+            handle.give(_register(deployment))
 
     def _look(self, joining: Joining) -> list[m.AnyEvent]:
         if joining.missing:
@@ -228,17 +238,18 @@ class Members:
     def _finish(self, deploying: Deploying) -> list[m.AnyEvent]:
         if deploying.missing:
             return []
-        name = deploying.deployment.spec.name
-        del self._deploying[name]
+        deployment, name = deploying.deployment, deploying.deployment.spec.name
         if not deploying.digest:
-            deploying.done.set_exception(SllmError(f"every node went while {name} was being deployed; add one and deploy it again"))
-            return []
-        before = self.deployed[name][0].keep_alive if name in self.deployed else None
-        deployment = deploying.deployment
+            return self._fail(deploying, SllmError(f"every node went while {name} was being deployed; add one and deploy it again"))
+        before = self.deployed[name][0] if name in self.deployed else None
+        try:
+            self._keep([each for each, _ in ({**self.deployed, name: (deployment, "")}).values()])
+        except WriteError as error:
+            return self._fail(deploying, WriteError(f"{name} was not deployed, since a cluster that is resumed would not know it: {error}"))
+        del self._deploying[name]
         self.deployed[name] = deployment, deploying.digest
         self.settled.append(deploying.done)
-        kept = [] if deployment.keep_alive == before else [m.KeepAliveAsked(name, keep_alive_seconds(deployment.keep_alive))]
-        return [*deploying.cached, m.ModelDeployed(deployment.spec), *kept]
+        return [*deploying.cached, *of_deployment(deployment, before)]
 
     def _fail(self, deploying: Deploying, error: SllmError) -> list[m.AnyEvent]:
         self._drop(deploying)
@@ -246,11 +257,20 @@ class Members:
         return []
 
     def _drop(self, deploying: Deploying) -> None:
-        """Some nodes may know the model already: their stores are told to forget it."""
+        """Some nodes may know the model already: their stores are told to forget it, or what it was before."""
         name = deploying.deployment.spec.name
         del self._deploying[name]
-        if name not in self.deployed:
+        if name in self.deployed:
+            self._register(self.deployed[name][0])
+        else:
             self._deleted.add(name)
+
+
+def of_deployment(deployment: Deployment, before: Deployment | None = None) -> list[m.AnyEvent]:
+    """What the controller is to be told of it, where it knew `before`."""
+    name, kept = deployment.spec.name, None if before is None else before.keep_alive
+    asked = [] if deployment.keep_alive == kept else [m.KeepAliveAsked(name, keep_alive_seconds(deployment.keep_alive))]
+    return [m.ModelDeployed(deployment.spec), *asked]
 
 
 def _register(deployment: Deployment) -> node.Register:

@@ -1,16 +1,22 @@
-"""Prompts become token ids in the driver's process, by the tokenizer of each deployment, read when the first text comes. Chapter 08."""
+"""Prompts become token ids in the driver's process, by the tokenizer of each deployment, read when the first text comes. Chapter 08.
+
+The tokenizers of the sources that were asked last are kept: some megabytes each.
+"""
 
 from __future__ import annotations
 
 import operator
 import threading
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 from sllm_mini.cluster.api import Ask, Deployment
 from sllm_mini.errors import ModelError
 from sllm_mini.inference.session import Session, request_problem
 from sllm_mini.inference.text import load_tokenizer, tokenize
+
+_MOST_TOKENIZERS = 128
 
 
 class Prompts:
@@ -32,6 +38,12 @@ class Prompts:
             raise ModelError("the prompt is empty; give at least one token")
         return Session(request_id, digest, tuple(ids), len(ids), ask.max_new_tokens, ask.sampling, ask.stop, ask.stop_at_eos, logprobs=ask.logprobs, embed=ask.embed)
 
+    def keep(self, sources: Iterable[str]) -> None:
+        """Nothing of any other source: what was deployed from there is gone."""
+        kept = frozenset(sources)
+        with self._lock:
+            self._tokenizers = {source: tokenizer for source, tokenizer in self._tokenizers.items() if source in kept}
+
     def _encode(self, ask: Ask, deployment: Deployment) -> list[int]:
         if isinstance(ask.prompt, bytes | bytearray | memoryview):
             raise ModelError("a prompt is a text or a sequence of token ids; these are bytes: decode them to a text first")
@@ -41,9 +53,13 @@ class Prompts:
             except TypeError as error:
                 raise ModelError(f"a prompt is a text or a sequence of token ids; this one is not ({error})") from error
         with self._lock:
-            if deployment.source not in self._tokenizers:
-                self._tokenizers[deployment.source] = None if "://" in deployment.source else load_tokenizer(deployment.source)
-            tokenizer = self._tokenizers[deployment.source]
+            if deployment.source in self._tokenizers:
+                tokenizer = self._tokenizers.pop(deployment.source)
+            else:
+                tokenizer = None if "://" in deployment.source else load_tokenizer(deployment.source)
+            self._tokenizers[deployment.source] = tokenizer  # the last: asked latest
+            if len(self._tokenizers) > _MOST_TOKENIZERS:
+                del self._tokenizers[next(iter(self._tokenizers))]
         if tokenizer is None:
             raise ModelError(f"{deployment.source} has no tokenizer that can be read here; give the prompt as token ids")
         return tokenize(tokenizer, ask.prompt)
