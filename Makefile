@@ -13,22 +13,27 @@ STAGES ?=
 BUDGET ?= 480
 OUT ?= out/gpu-report
 REPORT_FLAGS ?=
+COURSE ?= .
+SUBMISSIONS ?= out/classroom/submitted
+ASSIGNMENTS ?=
 
 BIN := .venv/bin
 SETUP := .venv/.setup-done
 ORACLES := .venv/oracles
 CLIENTS := .venv/clients
 BOOK := .venv/book
+TEACHING := .venv/teaching
 CHAPTERS := $(sort $(wildcard chapters/[0-9][0-9]_*.ipynb))
 FIRST := $(firstword $(wildcard chapters/00_*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test lint chapters book browser picture peers ray kernels bench gpu-report
+.PHONY: help setup lab test lint chapters assignments release grade book browser picture peers ray kernels bench gpu-report
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  Variables: PYTHON=python3.12, CUDA=auto|12|13|none, PIP_FLAGS, LAB_FLAGS, TEST_FLAGS, TEST_PROCESSES=2, CHAPTER_FLAGS, KERNEL_FLAGS, BENCH_FLAGS"
+	@echo "  of release and grade: ASSIGNMENTS=\"a02 a03\" (all), SUBMISSIONS=$(SUBMISSIONS), COURSE=$(COURSE)"
 	@echo "  and of gpu-report: STAGES, BUDGET (seconds), OUT, REPORT_FLAGS=--rehearse|--list|--again"
 
 setup: $(SETUP) ## make the environment .venv from requirements.lock
@@ -75,7 +80,7 @@ lab: $(SETUP) ## JupyterLab, open on chapter 00
 	@test -n "$(FIRST)" || { echo "chapters/00_*.ipynb is missing; this checkout is not complete" >&2; exit 1; }
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" $(LAB_FLAGS) $(FIRST)
 
-test: $(SETUP) ## every test but those that drive a browser
+test: $(SETUP) $(TEACHING)/.done ## every test but those that drive a browser
 	$(BIN)/python -m pytest -m "not browser" -n $(TEST_PROCESSES) --dist loadfile $(TEST_FLAGS)
 	PYTHONPATH="$(CURDIR)/$(ORACLES)" $(BIN)/python -m pytest $(TEST_FLAGS) tests/test_04_lora.py tests/test_04_quantised.py || test $$? = 5 # 5: TEST_FLAGS chose none
 
@@ -85,6 +90,20 @@ lint: $(SETUP) ## ruff and mypy
 
 chapters: $(SETUP) ## run every chapter and keep its outputs (CHAPTER_FLAGS=--check writes nothing)
 	$(BIN)/python -m sllm_mini.lab.execute $(CHAPTER_FLAGS) $(CHAPTERS)
+
+# nbgrader lies apart as well: installed in .venv it would add its buttons and servers to every reader's JupyterLab.
+$(TEACHING)/.done: requirements-teaching.lock $(SETUP)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --upgrade --target $(TEACHING) -r requirements-teaching.lock
+	@touch $@
+
+assignments: $(TEACHING)/.done ## grade every assignment's solution, stub, mistakes and attempts to cheat as a teacher would (minutes)
+	$(BIN)/python -m pytest --slow $(TEST_FLAGS) tests/test_12_exercise.py tests/test_12_assignments.py
+
+release: $(TEACHING)/.done ## the assignments as students get them, in out/classroom/release
+	PYTHONPATH="$(CURDIR)/$(TEACHING)" $(BIN)/python -m sllm_mini.lab.classroom --course "$(COURSE)" release $(ASSIGNMENTS)
+
+grade: $(TEACHING)/.done ## grade the notebooks in SUBMISSIONS/<student>/<assignment>/: feedback as HTML, grades.csv
+	PYTHONPATH="$(CURDIR)/$(TEACHING)" $(BIN)/python -m sllm_mini.lab.classroom --course "$(COURSE)" grade "$(SUBMISSIONS)" $(ASSIGNMENTS)
 
 $(BOOK)/.done: requirements-book.lock $(SETUP)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --upgrade --target $(BOOK) -r requirements-book.lock

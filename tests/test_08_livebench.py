@@ -222,7 +222,8 @@ def test_the_document_sets_the_simulation_beside_the_live_run(tmp_path: Path) ->
     log, saved = tmp_path / "events.jsonl", tmp_path / "document.json"
     found = measure_cluster(Trace(TraceLabel("even", "a test", "synthetic"), REQUESTS), OPTIONS, most=6, log=log)
     live, other = row_of(found, "live"), row_of(found, "simulated")
-    assert list(live) == list(other) and live["answered"] == other["answered"] == 6 and live["starts"] == other["starts"]
+    assert list(live) == list(other) and live["answered"] == other["answered"] == 6
+    assert 2 <= live["starts"] <= 6 and abs(live["starts"] - other["starts"]) <= 2  # two threads held up by others can let requests of one model meet, or not
     assert found["replayed_events"] == sum(1 for _ in read_log(log.read_bytes().splitlines(keepends=True)))
     assert {row["name"] for row in found["rungs"]} == {"PROCESS", "RUNTIME", "DRAM", "DEVICE", "READY"}
     assert found["results"][0]["inter_token_seconds"]["p50"] > 0 and found["agreement"]["same_start"] > 0.5  # two processes on one machine are not as even as the simulation

@@ -28,6 +28,7 @@ from sllm_mini.cluster.nodes.remote import RemoteNode
 from sllm_mini.cluster.nodes.worker_messages import Rung
 from sllm_mini.errors import StoreError
 from sllm_mini.inference.workers.process import start_process
+from sllm_mini.inference.workers.worker import MAX_SESSION_NBYTES
 from sllm_mini.resources import resource
 from sllm_mini.types import Tier, Warmth
 from sllm_mini.wire import Channel, ChannelClosed, set_key, tcp
@@ -421,7 +422,7 @@ def steps(count: int) -> Part:
 UNSAYABLE: list[tuple[node.NodeOrder, bytes, type[node.NodeAnswer], str]] = [
     (node.Register("x" * 2000, "somewhere"), b"", node.OrderFailed, "schema"),
     (node.Climb(-1, 3, "tiny", COLD, READY, Tier.DISK, [0]), b"", node.Lost, "schema"),
-    (node.Run(1, "r", 2), bytes(remote.MAX_SESSION_NBYTES + 1), node.RunFailed, "payload"),
+    (node.Run(1, "r", 2), bytes(MAX_SESSION_NBYTES + 1), node.RunFailed, "payload"),
     (node.Run(1, "r" * 5000, 2), b"", node.RunFailed, "schema"),
     (node.Move("r", 1, "x" * 5000, "tokens", 4, 2), b"", node.Moved, ""),
     (node.Fetch("p", "tiny", steps(100_000)), b"", node.Fetched, "bytes and the channel takes 1,048,576"),

@@ -293,5 +293,5 @@ def test_of_two_who_add_the_same_node_one_is_refused(tmp_path: Path) -> None:
         made.fails = held
         adding: list[Future[None]] = [pool.submit(add) for _ in range(2)]
         errors = [each.exception(SECONDS) for each in adding]
-        assert sorted(map(str, errors)) == sorted(["None", f"a node {SPEC.name} is alive; kill it first, or give another name"])
+        assert sorted(map(str, errors)) == sorted(["None", f"a node {SPEC.name} is alive, or on its way; kill it once it is there, or give another name"])
         assert made.alive == 1 and only(cluster).alive

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import csv
 import io
+import os
 import re
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 
+from sllm_mini.lab.classroom import main
 from sllm_mini.lab.exercise import Exercise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +32,9 @@ def read(name: str) -> Any:
 
 
 def kind(cell: Any) -> str:
-    told = cell.metadata.nbgrader
+    told = cell.metadata.get("nbgrader")
+    if told is None:
+        return "text"
     return "solution" if told["solution"] else "checks" if told["grade"] else "read"
 
 
@@ -221,9 +230,9 @@ def test_the_last_cell_draws_what_the_whole_package_does(name: str, monkeypatch:
 def test_a_source_is_what_nbgrader_and_a_reader_expect(name: str) -> None:
     notebook = read(name)
     nbformat.validate(notebook)
-    told = [cell.metadata.nbgrader for cell in notebook.cells]
+    told = [cell.metadata.nbgrader for cell in notebook.cells if cell.cell_type == "code"]
     assert all(each["schema_version"] == 3 and set(each) >= {"grade", "grade_id", "locked", "solution", "task"} for each in told)
-    assert len({each["grade_id"] for each in told}) == len(told) == len({cell.id for cell in notebook.cells})
+    assert len({each["grade_id"] for each in told}) == len(told) and len({cell.id for cell in notebook.cells}) == len(notebook.cells)
     assert all(each["locked"] != each["solution"] for each in told), "only what students write may they change"
     words = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert words.startswith("# Assignment ") and f"{sum(full(name)):.0f} points" in words and "**An example.**" in words
@@ -232,6 +241,8 @@ def test_a_source_is_what_nbgrader_and_a_reader_expect(name: str) -> None:
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None
             assert all(len(line) <= 116 for line in cell.source.splitlines()), cell.id
+    kinds = [kind(cell) for cell in notebook.cells if kind(cell) != "text"]
+    assert all(before in ("solution", "checks") for before, own in pairwise(kinds) if own == "checks"), "or nbgrader cannot put a deleted one back"
     hidden = [cell for cell in code_cells(name, "checks") if "### BEGIN HIDDEN TESTS" in cell.source]
     assert hidden and all(cell.source.rstrip().endswith("### END HIDDEN TESTS") for cell in hidden)
     assert len(hidden) < len(code_cells(name, "checks"))
@@ -246,3 +257,137 @@ def test_hidden_checks_stand_alone(name: str, monkeypatch: pytest.MonkeyPatch) -
         scope: dict[str, Any] = {}
         exec(solution, scope)
         assert run(cell.source, scope) == float(cell.metadata.nbgrader["points"])
+
+
+# The teacher's path: nbgrader, as a teacher calls it
+
+needs_nbgrader = pytest.mark.skipif(not (ROOT / ".venv" / "teaching" / ".done").is_file(), reason="nbgrader is not there: make test and make release install it")
+
+
+def make(target: str, **variables: object) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+    command = ["make", "--silent", target, *(f"{name}={value}" for name, value in variables.items())]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def course(tmp_path: Path) -> Path:
+    folder = tmp_path / "course"
+    folder.mkdir()
+    shutil.copy(ROOT / "nbgrader_config.py", folder)
+    shutil.copytree(ROOT / "chapters" / "assignments", folder / "chapters" / "assignments", ignore=shutil.ignore_patterns(".*"))
+    return folder
+
+
+def released(course: Path, name: str) -> Any:
+    return nbformat.read(course / "out" / "classroom" / "release" / name / f"{name}.ipynb", as_version=4)
+
+
+def hand_in(folder: Path, student: str, notebook: Any, name: str) -> None:
+    place = folder / student / name
+    place.mkdir(parents=True)
+    nbformat.write(notebook, place / f"{name}.ipynb")
+
+
+def answered(course: Path, name: str, *answers: str) -> Any:
+    """The student version with the solutions' cells filled in."""
+    notebook = released(course, name)
+    cells = [cell for cell in notebook.cells if kind(cell) == "solution"]
+    for cell, answer in zip(cells, answers, strict=True):
+        cell.source = answer
+    return notebook
+
+
+def solutions(name: str) -> list[str]:
+    return [cell.source for cell in code_cells(name, "solution")]
+
+
+def grades(course: Path) -> dict[tuple[str, str], dict[str, str]]:
+    with (course / "out" / "classroom" / "grades.csv").open(newline="", encoding="utf-8") as file:
+        return {(row["student"], row["assignment"]): row for row in csv.DictReader(file)}
+
+
+def tampered(course: Path, name: str) -> Any:
+    """A mistake in the function, every check edited away, one cell deleted, one worth a hundred points."""
+    notebook = answered(course, name, edited(name, "max(lacking)", "min(lacking)"))
+    seen, hidden = (cell for cell in notebook.cells if cell.cell_type == "code" and kind(cell) == "checks")
+    seen.source, seen.metadata.nbgrader["points"] = "100.0", 100
+    notebook.cells.remove(hidden)
+    return notebook
+
+
+@needs_nbgrader
+def test_a_teacher_releases_and_grades_with_two_commands(course: Path, tmp_path: Path) -> None:
+    name = "a10_binomial_step"
+    done = make("release", COURSE=course, ASSIGNMENTS="a10")
+    assert done.returncode == 0 and "released:" in done.stdout, done.stderr
+    student = "\n".join(cell.source for cell in released(course, name).cells)
+    assert "SOLUTION" not in student and "HIDDEN" not in student and "max(lacking)" not in student and "as_short_as_can_be" not in student
+    assert "raise NotImplementedError(" in student and "# The checks that are not shown stand here" in student
+
+    (solution,) = solutions(name)
+    folder = tmp_path / "handed in"
+    hand_in(folder, "ada", answered(course, name, solution), name)
+    hand_in(folder, "dan", answered(course, name, "import os\nos._exit(1)"), name)
+    hand_in(folder, "eve", tampered(course, name), name)
+    done = make("grade", COURSE=course, SUBMISSIONS=folder)
+    assert done.returncode == 0, done.stderr
+    found = grades(course)
+    assert {student: float(row["points"]) for (student, _), row in found.items()} == {"ada": 10.0, "dan": 0.0, "eve": 9.0}
+    assert {row["max_points"] for row in found.values()} == {"10.0"}
+    assert "kernel died" in found["dan", name]["problem"] and not any(row["problem"] for (student, _), row in found.items() if student != "dan")
+    pages = {student: (course / "out" / "classroom" / "feedback" / student / name / f"{name}.html").read_text() for student in ("ada", "dan", "eve")}
+    assert "kernel died" in pages["dan"]
+    assert "to be mended" in pages["eve"] and "4 goes; yours" in pages["eve"] and "to be mended" not in pages["ada"] and "image/png" in pages["ada"]
+
+
+@needs_nbgrader
+@pytest.mark.slow
+def test_every_assignment_goes_the_teachers_way(course: Path, tmp_path: Path) -> None:
+    """The solution has full marks and its last cell draws, a stub and the package's own nothing; a cell that never ends or fills memory costs its own."""
+    config = course / "nbgrader_config.py"
+    config.write_text(config.read_text() + "c.Execute.timeout = 60\n")
+    assert make("release", COURSE=course).returncode == 0
+    folder = tmp_path / "handed in"
+    for name in NAMES:
+        hand_in(folder, "ada", answered(course, name, *solutions(name)), name)
+        hand_in(folder, "ben", released(course, name), name)
+    name = "a04_next_runnable_layer"
+    hand_in(folder, "cleo", answered(course, name, "from sllm_mini.inference import next_runnable_layer"), name)
+    hand_in(folder, "finn", answered(course, name, "while True:\n    pass"), name)
+    hand_in(folder, "gil", answered(course, name, "kept = []\nwhile True:\n    kept.append(bytearray(1 << 26))"), name)
+    done = make("grade", COURSE=course, SUBMISSIONS=folder)
+    assert done.returncode == 0, done.stderr
+    found = grades(course)
+    for name in NAMES:
+        assert float(found["ada", name]["points"]) == float(found["ada", name]["max_points"]) == sum(full(name))
+        assert float(found["ben", name]["points"]) == 0.0
+        graded = nbformat.read(course / "out" / "classroom" / "autograded" / "ada" / name / f"{name}.ipynb", as_version=4)
+        outputs = [output for cell in graded.cells if cell.cell_type == "code" for output in cell.outputs]
+        assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs), name
+        assert any("image/png" in output.get("data", {}) for output in graded.cells[-1].outputs), name
+    name = "a04_next_runnable_layer"
+    assert {float(found[student, name]["points"]) for student in ("cleo", "finn", "gil")} == {0.0}
+    page = (course / "out" / "classroom" / "feedback" / "cleo" / name / f"{name}.html").read_text()
+    assert "own next_runnable_layer, which is blank here" in page
+
+
+@needs_nbgrader
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"SUBMISSIONS": "nowhere"}, "nowhere is no folder"),
+        ({"SUBMISSIONS": "tests", "ASSIGNMENTS": "a99"}, "no assignment a99"),
+        ({"SUBMISSIONS": "tests", "COURSE": "tests"}, "tests has no nbgrader_config.py"),
+        ({"SUBMISSIONS": "tests", "ASSIGNMENTS": "a04"}, "nothing to grade in tests"),
+    ],
+)
+def test_what_cannot_be_graded_is_said_in_a_sentence(variables: dict[str, str], said: str, tmp_path: Path, course: Path) -> None:
+    done = make("grade", **{"COURSE": course, **variables})
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_nbgrader_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "nbgrader", None)
+    assert main(["release"]) == 1
+    assert "make release" in capsys.readouterr().err

@@ -17,6 +17,7 @@ import os
 import re
 import resource
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,9 @@ class Classroom:
     """
 
     def __init__(self, folder: Path, *, submissions: Path | None = None) -> None:
+        self._folder = folder.resolve()
+        if not (self._folder / "nbgrader_config.py").is_file():
+            raise ClassroomError(f"{folder} has no nbgrader_config.py; run this in a checkout of sllm_mini, or in the folder of your course")
         try:
             import nbgrader
             from nbgrader.apps import NbGrader
@@ -62,9 +66,6 @@ class Classroom:
         # nbgrader starts alembic by its name when it makes the gradebook.
         beside = (Path(sys.executable).parent, Path(nbgrader.__file__).parents[1] / "bin")
         os.environ["PATH"] = os.pathsep.join([*map(str, beside), os.environ.get("PATH", os.defpath)])
-        self._folder = folder.resolve()
-        if not (self._folder / "nbgrader_config.py").is_file():
-            raise ClassroomError(f"{folder} has no nbgrader_config.py; run this in a checkout of sllm_mini, or in the folder of your course")
         app = NbGrader()
         app.config_file_paths.append(str(self._folder))
         app.load_config_file()
@@ -145,6 +146,7 @@ def _reason(done: dict[str, Any]) -> str:
     for sign, words in (
         ("DeadKernelError", "its kernel died: a cell ended the process, or took more memory than there is"),
         ("UnresponsiveKernelError", "its kernel hung and could not be interrupted"),
+        ("in add_missing_grade_cells", "cells of the assignment were deleted that it cannot be graded without"),
         ("NotJSONError", "it is not a notebook that can be read"),
     ):
         if sign in text:
@@ -164,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (release, grade):
         command.add_argument("assignments", nargs="*", metavar="ASSIGNMENT", help="names or their beginnings, such as a02 (default: all)")
     options = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", module=r"nbgrader\.")  # what SQLAlchemy thinks of its queries
     try:
         if options.command == "release":
             _release(Classroom(options.course), options.assignments)
