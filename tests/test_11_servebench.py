@@ -41,24 +41,29 @@ def scripted(way: str, tokens: int) -> dict[str, Any]:
 
 
 def test_what_is_added_is_the_difference_to_the_direct_call_of_the_same_round() -> None:
-    options, asked = Options(rounds=4, tokens=6), list[tuple[str, int]]()
+    options, asked = Options(rounds=4, tokens=6, in_a_row=3), list[tuple[str, int]]()
 
     def ask(way: str, tokens: int) -> dict[str, Any]:
         asked.append((way, tokens))
-        found, slow = scripted(way, tokens), 0.1 * ((len(asked) - 1) // 8 % 2)  # every other round is slow, for all
+        rested = len(asked) % 3 == 1
+        slow = 0.1 * ((len(asked) - 1) // 24 % 2) + 0.002 * WAYS.index(way) * rested  # every other round for all, and what comes after a rest
+        found = scripted(way, tokens)
         return {**found, "seconds": found["seconds"] + slow, "first_seconds": found["first_seconds"] and found["first_seconds"] + slow}
 
     samples = play_rounds(ask, options, lambda _: None)
-    rounds = [asked[start : start + 8] for start in range(0, len(asked), 8)]
+    assert asked[::3] == asked[1::3] == asked[2::3]
+    rounds = [asked[start : start + 24 : 3] for start in range(0, len(asked), 24)]
     assert len(rounds) == 3 + 4 and all(sorted(each) == sorted(rounds[0]) for each in rounds) and any(each != rounds[0] for each in rounds)
-    rows = {row["name"]: row for row in document(samples, options)["results"]}
-    assert tuple(rows) == WAYS
+    made = document(samples, options)
+    rows = {row["name"]: row for row in made["results"]}
+    assert tuple(rows) == WAYS == tuple(row["name"] for row in made["rested"])
+    assert [row["added_seconds_median"] for row in made["rested"]] == pytest.approx([0.0, 0.003, 0.006, 0.009], abs=1e-9)
     for number, way in enumerate(WAYS):
         row = rows[way]
         assert [row["added_first_seconds_median"], row["added_seconds_median"]] == pytest.approx([0.001 * number] * 2, abs=1e-9)
         assert row["added_text_seconds_median"] == pytest.approx((0.001 * number + 0.005) if number else 0.0, abs=1e-9)
         assert row["added_seconds_per_token"] == pytest.approx(0.001 if number else 0.0, abs=1e-9)
-        assert len(row["samples"]) == len(row["first_samples"]) == 4 and row["tokens"] == 6
+        assert len(row["samples"]) == len(row["first_samples"]) == 4 * 2 and row["tokens"] == 6
 
 
 def test_ways_that_answer_otherwise_are_not_compared() -> None:
@@ -72,7 +77,7 @@ def test_ways_that_answer_otherwise_are_not_compared() -> None:
         play_rounds(other, Options(rounds=1), lambda _: None)
     with pytest.raises(SllmError, match="not answered: overloaded"):
         play_rounds(refused, Options(rounds=1), lambda _: None)
-    for wrong in ({"rounds": 0}, {"tokens": 1}, {"threads": 0}):
+    for wrong in ({"rounds": 0}, {"tokens": 1}, {"threads": 0}, {"in_a_row": 1}):
         with pytest.raises(ValueError):
             Options(**wrong)
 

@@ -55,7 +55,7 @@ def serve(
 
         checkpoint = open_checkpoint(named[0]) if named else tiny_checkpoint()
         with terminal.stage_progress() as stage:
-            document = measure_overhead(checkpoint, OverheadOptions(rounds, tokens, threads), on_stage=stage)
+            document = measure_overhead(checkpoint, OverheadOptions(rounds, tokens, threads=threads), on_stage=stage)
         return deliver(document, _print_overhead, json=json, save=save)
     if not named:
         raise typer.BadParameter("give a trace, such as burst; or --overhead", param_hint="TRACE")
@@ -94,17 +94,20 @@ def _print_overhead(document: dict[str, Any]) -> None:
     model, method = document["model"], document["method"]
     console.print(f"{model['name']}: {nbytes_text(model['nbytes'])}, {terminal.count(method['threads'], 'thread')} each, {terminal.count(method['rounds'], 'round')}")
     console.print()
-    console.print(_table(document))
-    console.print()
-    limit, worst = document["limits"]["added_seconds"], max(document["results"], key=lambda row: float(row["added_seconds_median"]))
-    words = "within" if worst["added_seconds_median"] <= limit else "more than"
-    console.print(f"the platform adds {seconds_text(worst['added_seconds_median'])} to a request at the median ({worst['name']}): {words} the {seconds_text(limit)} that it may")
+    limit = document["limits"]["added_seconds"]
+    for rows, when in ((document["results"], f"one of {method['in_a_row']} in a row"), (document["rested"], "the first after a rest")):
+        console.print(_table(rows, f"A warm request, {when}: for 1 token and for {method['tokens']}"))
+        console.print()
+        worst = max(rows, key=lambda row: float(row["added_seconds_median"]))
+        words = "within" if worst["added_seconds_median"] <= limit else "more than"
+        console.print(f"the platform adds {seconds_text(worst['added_seconds_median'])} at the median ({worst['name']}): {words} the {seconds_text(limit)} that it may")
+        console.print()
 
 
-def _table(document: dict[str, Any]) -> Table:
+def _table(rows: list[dict[str, Any]], title: str) -> Table:
     numbers = ("first token", "added", "middle half", "whole text", "added to it", "added a token")
-    made = terminal.table("way", *numbers, numbers=numbers, title=f"A warm request, for 1 token and for {document['method']['tokens']}")
-    for row in document["results"]:
+    made = terminal.table("way", *numbers, numbers=numbers, title=title)
+    for row in rows:
         alone = row["name"] == "direct"
         added = [seconds_text(row["added_first_seconds_median"]), f"{seconds_text(row['added_first_seconds_p25'])} – {seconds_text(row['added_first_seconds_p75'])}"]
         made.add_row(
