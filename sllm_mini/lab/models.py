@@ -75,12 +75,12 @@ def sized_checkpoint(folder: str | os.PathLike[str] | None = None) -> Checkpoint
         return convert_checkpoint(made, root / name)
 
 
-def formats_checkpoint(folder: str | os.PathLike[str] | None = None) -> Checkpoint:
+def formats_checkpoint(folder: str | os.PathLike[str] | None = None, *, largest: str = _FORMATS_SIZES[0]) -> Checkpoint:
     """A model with a published shape and random weights, shared with the other chapters where they use the same one;
-    a smaller one where memory or disk is short. Raises ResourceError where none fits, and what making one raises."""
+    a smaller one than `largest` where memory or disk is short. Raises ResourceError where none fits, and what making one raises."""
     root = workspace() if folder is None else Path(folder)
     disk, memory = shutil.disk_usage(root).free, available_nbytes()
-    for name in _FORMATS_SIZES:
+    for name in _FORMATS_SIZES[_FORMATS_SIZES.index(largest) :]:
         nbytes, made = SHAPES[name].nbytes, (root / name / "index.json").exists()
         if 2.5 * nbytes < 0.8 * memory and (2 if made else 3) * nbytes < 0.8 * disk:
             if not made:

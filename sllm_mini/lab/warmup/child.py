@@ -1,18 +1,19 @@
 """One thing measured in a fresh process, where it really happens for the first time.
 
-`python -m sllm_mini.lab.warmup.child TASK JSON` prints one line of JSON. Imports are not timed. Run by `measure`, chapter 06.
+Imports are not timed. Run by `measure`, chapter 06.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     import torch
 
     from sllm_mini.device.base import Device
@@ -296,5 +297,10 @@ def graphs(path: str, mode: str, max_batch: int, capacity: int, device: str, ker
 TASKS: dict[str, Callable[..., Answer]] = {one.__name__: one for one in (first_call, first_request, compile_step, kernel_state, memory_profile, attention, graphs)}
 
 
-if __name__ == "__main__":
-    print(json.dumps(TASKS[sys.argv[1]](**json.loads(sys.argv[2]))))
+def answer_task(answers: Connection, printed: str, task: str, arguments: dict[str, Any], environment: Mapping[str, str]) -> None:
+    """Does one of `TASKS` and sends its answer; what is printed meanwhile goes to the file `printed`, the reason of a failure last."""
+    with open(printed, "wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.update(environment)
+    answers.send(TASKS[task](**arguments))

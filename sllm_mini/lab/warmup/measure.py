@@ -1,6 +1,6 @@
 """`bench warmup` as one call: what comes after the weights, each thing first and again, cold and prepared.
 
-Every sample is a fresh process (see `child`); in each round all of them take turns in a shuffled order that a seed fixes,
+Every sample is a fresh process (see `child`), forked so that imports are not waited for; in each round all of them take turns in a shuffled order that a seed fixes,
 but for states that need what an earlier one left (a filled cache), which follow it. What this machine cannot do is in
 `skipped` with the reason. Nothing is left behind. Call from one thread. Shown in chapter 06.
 """
@@ -8,11 +8,11 @@ but for states that need what an earlier one left (a filled cache), which follow
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sllm_mini.checkpoint import Checkpoint, convert_checkpoint, open_checkpoint
+from sllm_mini.cluster.runtime import RUNTIME
 from sllm_mini.device import get_device, why_no_cuda
 from sllm_mini.device.cuda import CudaDevice
 from sllm_mini.device.kernels_image import State
@@ -29,17 +30,17 @@ from sllm_mini.errors import DeviceError, ModelError, SllmError
 from sllm_mini.lab.bench.document import read_document
 from sllm_mini.lab.children import last_line
 from sllm_mini.lab.models import tiny_checkpoint, workspace
-from sllm_mini.lab.warmup.child import FIRST_CALLS
+from sllm_mini.lab.warmup.child import FIRST_CALLS, answer_task
 from sllm_mini.loading.probe import measure_machine
 
 KIND = "sllm-mini bench warmup"
-CHILD = "sllm_mini.lab.warmup.child"
 PARTS = ("first calls", "torch.compile", "kernels", "memory profile", "attention", "graphs")
 _OF_MAX_TOKENS = frozenset({"memory profile", "graphs"})
 """Parts that make a sequence of `max_tokens` with the model."""
 FIRST, AGAIN = "first", "again"
 COLD, WARM, EAGER, COMPILED = "cold cache", "warm cache", "eager step", "compiled step"
-_PATIENCE_SECONDS = 600.0
+_PATIENCE_SECONDS, _END_SECONDS = 600.0, 10.0
+_PRELOADED = [*RUNTIME, "transformers.models.llama.modeling_llama", "sllm_mini.lab.warmup.child"]
 _ARCHITECTURE = "sm_90"
 """What kernels are compiled for where there is no GPU."""
 
@@ -84,17 +85,27 @@ Run = Callable[[str, Mapping[str, Any], Mapping[str, str]], dict[str, Any]]
 
 
 def run_child(task: str, arguments: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """One task in a process of its own. Raises ModelError with the child's last word if it fails."""
-    command = [sys.executable, "-m", CHILD, task, json.dumps(dict(arguments))]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False, env=os.environ | dict(environment)
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ModelError(f"{task} did not end in {_PATIENCE_SECONDS:.0f} s; measure fewer layers or a smaller model") from error
-    if done.returncode:
-        raise ModelError(f"{task} failed: {last_line(done.stderr) or f'exit code {done.returncode}'}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    """One task in a process of its own, forked from one that has imported what a server imports and called nothing of it. Raises ModelError
+    with the child's last word if it fails."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    answers, answering = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile() as printed, answers:
+        process = context.Process(target=answer_task, args=(answering, printed.name, task, dict(arguments), dict(environment)))
+        process.start()
+        answering.close()
+        try:
+            if not answers.poll(_PATIENCE_SECONDS):
+                raise ModelError(f"{task} did not end in {_PATIENCE_SECONDS:.0f} s; measure fewer layers or a smaller model")
+            answer: dict[str, Any] = answers.recv()
+            process.join(_END_SECONDS)
+        except EOFError:
+            process.join()
+            said = last_line(Path(printed.name).read_text(encoding="utf-8", errors="replace"))
+            raise ModelError(f"{task} failed: {said or f'exit code {process.exitcode}'}") from None
+        finally:
+            process.kill()
+            process.join()
     return answer
 
 
