@@ -32,7 +32,7 @@ from sllm_mini.resources import resource
 MIB = 1 << 20
 SECONDS = 30.0
 OPTIONS = LiveOptions(
-    node=NodeOptions(store_dram_nbytes=64 * MIB, engine="fake_engine:make", pace_seconds=0.003, beat_seconds=0.1, silent_seconds=1.0, stuck_seconds=1.0)
+    node=NodeOptions(store_dram_nbytes=64 * MIB, engine="fake_engine:make", pace_seconds=0.003, beat_seconds=0.1, silent_seconds=3.0, stuck_seconds=3.0)
 )
 slow = pytest.mark.slow
 

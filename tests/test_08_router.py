@@ -358,7 +358,7 @@ def test_a_simulated_log_comes_to_the_simulators_own_account(keep_alive: str) ->
 
 CONTROL = ControlOptions()
 SPEC = m.ModelSpec(name="a", nbytes=10**7)
-QUICK = LiveOptions(node=NodeOptions(engine="fake_engine:make", pace_seconds=0.003, beat_seconds=0.1, silent_seconds=1.0, stuck_seconds=1.0))
+QUICK = LiveOptions(node=NodeOptions(engine="fake_engine:make", pace_seconds=0.003, beat_seconds=0.1, silent_seconds=3.0, stuck_seconds=3.0))
 
 
 @contextmanager
@@ -516,7 +516,7 @@ def test_an_agent_that_dies_or_hangs_is_noticed_and_its_requests_go_on(local: Li
     os.kill(pid, signalled)
     began = local.now
     assert local.wait(lambda _: not local.nodes()[0].alive, 10)
-    assert local.now - began < 2.5, "the test settings promise 2 s on a quiet machine"
+    assert local.now - began < 6, "the test settings promise 4 s on a quiet machine"
     for stream in streams:
         check(local, stream.request_id, 300)
     assert sorted(stream.wait(20).restarts for stream in streams) == [0, 1] and is_gone(pid)

@@ -47,7 +47,7 @@ MIB = 1 << 20
 BLOCK = 2 * MIB
 SECONDS = 20.0
 SPEC = ModelSpec(name="a", nbytes=13 * MIB, concurrency=1, ready_seconds=0.01, prefill_seconds_per_token=1e-4, decode_seconds_per_token=0.004)
-NODE = NodeOptions(store_dram_nbytes=64 * MIB, engine="fake_engine:make", pace_seconds=0.003, block_nbytes=BLOCK, beat_seconds=0.1, silent_seconds=1.0)
+NODE = NodeOptions(store_dram_nbytes=64 * MIB, engine="fake_engine:make", pace_seconds=0.003, block_nbytes=BLOCK, beat_seconds=0.1, silent_seconds=3.0)
 
 
 # --- plans of names ---

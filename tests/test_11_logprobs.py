@@ -213,7 +213,7 @@ def test_doubles_that_move_tell_them_all() -> None:
 
 
 def test_a_request_whose_node_dies_tells_them_all_and_so_does_a_resumed_cluster(tmp_path: Path, world: World) -> None:
-    options = LiveOptions(node=NodeOptions(store_dram_nbytes=64 * MIB, engine="fake_engine:make", pace_seconds=0.005, beat_seconds=0.1, silent_seconds=1.0, stuck_seconds=5.0))
+    options = LiveOptions(node=NodeOptions(store_dram_nbytes=64 * MIB, engine="fake_engine:make", pace_seconds=0.005, beat_seconds=0.1, silent_seconds=3.0, stuck_seconds=5.0))
     with open_cluster("inprocess:2", folder=tmp_path, options=options) as cluster:
         cluster.deploy(Deployment(ModelSpec(name="a", nbytes=10 * MIB, max_instances=1), str(world.source)))
         stream = cluster.submit(Ask("a", [5, 6, 7], 200, stop_at_eos=False, logprobs=4, request_id="r"))

@@ -44,7 +44,7 @@ MIB = 1 << 20
 CONTROL = ControlOptions(max_failures=50)
 OPTIONS = LiveOptions(
     max_restarts=50,  # as with max_failures: here everything dies all the time, and no request is the cause
-    node=NodeOptions(store_dram_nbytes=64 * MIB, engine="fake_engine:make", pace_seconds=0.003, beat_seconds=0.1, silent_seconds=1.0, stuck_seconds=1.0)
+    node=NodeOptions(store_dram_nbytes=64 * MIB, engine="fake_engine:make", pace_seconds=0.003, beat_seconds=0.1, silent_seconds=3.0, stuck_seconds=3.0)
 )
 
 

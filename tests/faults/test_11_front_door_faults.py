@@ -36,7 +36,7 @@ from sllm_mini.serving.server import Server
 PROMPTS = [[5, 6, number + 1] for number in range(20)]
 REVIVED = LiveOptions(
     max_restarts=50, revive=50, revive_seconds=0.1,
-    node=NodeOptions(store_dram_nbytes=64 * MIB, engine="fake_engine:make", pace_seconds=0.003, beat_seconds=0.1, silent_seconds=1.0, stuck_seconds=1.0),
+    node=NodeOptions(store_dram_nbytes=64 * MIB, engine="fake_engine:make", pace_seconds=0.003, beat_seconds=0.1, silent_seconds=3.0, stuck_seconds=3.0),
 )  # fmt: skip
 
 
