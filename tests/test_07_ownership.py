@@ -368,3 +368,55 @@ def test_a_request_that_begins_again_meanwhile_is_no_failure(both: tuple[EpochRe
         while engine.step():
             pass
     assert ledger.finish("story") == "length" and len(list(ledger.stream("story"))) == 30
+
+
+class _Counting:
+    """A ledger that tells how many tokens came in each message."""
+
+    def __init__(self, ledger: TokenLedger) -> None:
+        self.ledger, self.counts = ledger, list[int]()
+        self.come = threading.Condition()
+
+    def deliver(self, tokens: Any) -> Any:
+        verdicts = self.ledger.deliver(tokens)
+        with self.come:
+            self.counts.append(len(tokens))
+            self.come.notify_all()
+        return verdicts
+
+    def give_up(self, request_id: str, epoch: int, reason: str) -> bool:
+        return self.ledger.give_up(request_id, epoch, reason)
+
+    def wait(self, count: int) -> None:
+        with self.come:
+            assert self.come.wait_for(lambda: sum(self.counts) >= count, 10)
+
+
+def test_tokens_between_the_first_and_the_last_go_together(both: tuple[EpochRegister, TokenLedger]) -> None:
+    engine, ledger = FakeEngine(), _Counting(both[1])
+    with TokenFeed(engine, ledger, interval_seconds=3600.0) as feed:  # type: ignore[arg-type]
+        feed.adopt(story(), Epoch(1))
+        engine.step()
+        ledger.wait(1)  # the first waits for nobody
+        for _ in range(9):
+            engine.step()
+        assert ledger.counts == [1]
+        feed.flush("story", 10)  # nor does a move
+        assert ledger.counts == [1, 9]
+        while engine.step():
+            pass
+        ledger.wait(30)  # nor the last
+        assert ledger.counts == [1, 9, 20]
+    assert [piece.position for piece in both[1].stream("story")] == list(range(3, 33))
+
+
+def test_tokens_that_gathered_go_after_the_interval_and_at_the_end(both: tuple[EpochRegister, TokenLedger]) -> None:
+    engine, ledger = FakeEngine(), _Counting(both[1])
+    with TokenFeed(engine, ledger, interval_seconds=0.01) as feed:  # type: ignore[arg-type]
+        feed.adopt(story(), Epoch(1))
+        for count in (1, 4, 5):
+            while sum(ledger.counts) + len(feed._waiting) + len(feed._sending) < count:
+                engine.step()
+            ledger.wait(count)
+    with TokenFeed(engine, ledger, interval_seconds=3600.0) as feed:  # type: ignore[arg-type]
+        pass  # closed with nothing in it: it does not wait for the interval

@@ -78,7 +78,7 @@ def test_looking_wakes_nothing_and_counts_what_was_asked(world: World) -> None:
 def test_the_panel_of_a_notebook_has_every_stretch_of_time_once(tmp_path: Path) -> None:
     with open_world(tmp_path, kind="inprocess:2", devices=1) as world, Panel(world.cluster) as panel:
         def ask(model: str) -> None:
-            for _ in world.cluster.submit(Ask(model, [5, 6, 7], max_new_tokens=100)):
+            for _ in world.cluster.submit(Ask(model, [5, 6, 7], max_new_tokens=100, stop_at_eos=False)):
                 pass
 
         assert panel.render()[-1] is not None and not panel.spans

@@ -30,7 +30,8 @@ class NodeOptions:
 
     Workers are forks of a zygote, fresh interpreters (`spawn`) or threads of the agent. `engine` names a
     `module:function(order: ClimbRung) -> Engine` for engines that are not ours, whose workers import no torch. `threads` are
-    torch's in a worker; `pace_seconds` is slept after each step, so that devices can be played by one CPU. With `cuda` an instance's
+    torch's in a worker; `pace_seconds` is slept after each step, so that devices can be played by one CPU. Tokens between
+    a request's first and its last gather for `stream_interval_seconds` before they are sent: each message costs the CPU that also computes. With `cuda` an instance's
     devices are the GPUs of their numbers, else CPU memory is the device.
     What nodes send each other goes in blocks of `block_nbytes`, of which `link_bytes_per_second` leave a node and as many come in.
     The agent says every `beat_seconds` that it lives and ends itself after `silent_seconds` without a word of its driver; a worker that
@@ -45,6 +46,7 @@ class NodeOptions:
     engine: str = ""
     threads: int = 1
     pace_seconds: float = 0.0
+    stream_interval_seconds: float = 0.02
     cuda: bool = False
     block_nbytes: int = 16 << 20
     link_bytes_per_second: float | None = None
@@ -61,6 +63,7 @@ class NodeOptions:
         if self.link_bytes_per_second is not None:
             _seconds(self, "link_bytes_per_second")
         _seconds(self, "pace_seconds", least=0.0)
+        _seconds(self, "stream_interval_seconds", least=0.0)
         for name in ("beat_seconds", "silent_seconds", "stuck_seconds"):
             _seconds(self, name)
         if self.silent_seconds < 3 * self.beat_seconds:

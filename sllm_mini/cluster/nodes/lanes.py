@@ -202,7 +202,7 @@ class Lane:
             ClimbRung(
                 warmth, order.model, agent.store_address, device=f"cuda:{order.devices[0]}" if options.cuda and order.devices else "cpu",
                 digest=agent.store.digest(order.model), owner=node.owner_name(join.run, agent.name, agent.incarnation, self.instance, order.epoch),
-                address=agent.address(f"moves-{self.instance}.{order.epoch}"), key=agent.key, arbiter=join.arbiter, threads=options.threads, max_batch=order.max_batch, pace_seconds=options.pace_seconds,
+                address=agent.address(f"moves-{self.instance}.{order.epoch}"), key=agent.key, arbiter=join.arbiter, threads=options.threads, max_batch=order.max_batch, pace_seconds=options.pace_seconds, interval_seconds=options.stream_interval_seconds,
                 overlap=overlap, last=last, measure=measure,
             )
         )  # fmt: skip

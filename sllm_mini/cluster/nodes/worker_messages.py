@@ -66,6 +66,7 @@ class ClimbRung(Message, frozen=True):
     threads: Annotated[int, Meta(ge=1, le=1024)] = 1
     max_batch: Annotated[int, Meta(ge=1, le=4096)] = 8
     pace_seconds: Seconds = 0.0
+    interval_seconds: Seconds = 0.0
     overlap: bool = False
     warm_up: bool = False
     measure: bool = True

@@ -32,7 +32,7 @@ _MOVES_OUT_SECONDS = 10.0
 
 class EngineService:
     """See the module. Safe from several threads. `owner` is its name at the register, which no other may have had; moves are taken
-    in at `address`; `pace_seconds` is slept after each step, so that a text can be watched.
+    in at `address`; `pace_seconds` is slept after each step, so that a text can be watched; `interval_seconds` is the feed's.
 
     `on_error` is called once, on the thread that steps, with an error of a step that is no request's own, or with the feed's once
     the ledger cannot be told any more: nothing is stepped after it. `whole` says whether every byte of the weights is there, and raises
@@ -49,6 +49,7 @@ class EngineService:
         arbiter: str,
         on_error: Callable[[BaseException], object],
         pace_seconds: float = 0.0,
+        interval_seconds: float = 0.0,
         whole: Callable[[], bool] = lambda: True,
     ) -> None:
         self.engine = engine
@@ -64,7 +65,7 @@ class EngineService:
         self._left = threading.Condition()
         self._register = OwnershipClient(arbiter)
         self._ledger = _Ledger(arbiter)
-        self._feed = TokenFeed(engine, self._ledger, wake=self._awake.set)
+        self._feed = TokenFeed(engine, self._ledger, wake=self._awake.set, interval_seconds=interval_seconds)
         try:
             self._moves = MigrationServer(address, owner=owner, register=self._register, feed=self._feed)
         except BaseException:

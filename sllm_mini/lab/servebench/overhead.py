@@ -4,7 +4,11 @@ Three processes beside the worker's: the server with its cluster (as `sllm-mini 
 called directly, with the worker's threads; each waits while another is asked. A round asks each way for a few answers in a row. The first of a row comes
 after a rest, in which caches and processors have gone to others, and is told apart. What is added is the difference to the direct call that is as far in
 its row of the same round. Of a stream the first token is when its first text has come; of a request for one token, when its whole answer has.
-Shown in chapter 11.
+
+Measured alone on two hyperthreads of one shared core (AMD EPYC) on 2026-11-23, the tiny model, 25 rounds: the cluster adds 2.6 to 3.1 ms to a request
+for one token and HTTP 5 to 6, more than the 3 that it may, in a row or not. Of 5.0 ms in such a run 1.0 passed until `submit`, 1.7 until the worker's step,
+0.6 more than alone in the step, 0.5 until the server's loop heard of the token, 0.8 in the answer and 0.4 in what lies between: a dozen hand-overs of
+some 150 us each, in four processes that share one core's caches with the model. Shown in chapter 11.
 """
 
 from __future__ import annotations
