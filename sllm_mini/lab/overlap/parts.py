@@ -123,11 +123,11 @@ def _middle(samples: Sequence[Sample]) -> Sample:
     return sorted(samples, key=lambda sample: sample.seconds)[len(samples) // 2]
 
 
-def prompt_lengths(parts: Parts, *, least: int = 24, most: int = 128) -> tuple[int, ...]:
-    """Four prompts from load-bound to compute-bound, the balanced one last; it is kept within `least` and `most`, so
+def prompt_lengths(parts: Parts, *, least: int = 24, most: int = 96) -> tuple[int, ...]:
+    """Three prompts, load-bound, compute-bound and the balanced one last; it is kept within `least` and `most`, so
     that a machine on which one side never wins still measures both directions."""
     middle = parts.balanced(least=least, most=most)
-    return max(1, middle // 8), max(2, middle // 3), 3 * middle, middle
+    return max(1, middle // 6), 2 * middle, middle
 
 
 def phases(start: Start) -> list[Span]:
