@@ -88,7 +88,7 @@ def run_in_child(work: Callable[[], Any], limits: Limits | None = None) -> Outco
 def _read(reading: int, seconds: float) -> bytes | None:
     """All that comes until the other end is closed; None if that takes too long."""
     end = time.monotonic() + seconds
-    parts = []
+    parts: list[bytes] = []
     with selectors.DefaultSelector() as selector:
         selector.register(reading, selectors.EVENT_READ)
         while selector.select(max(end - time.monotonic(), 0)):
