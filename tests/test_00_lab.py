@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import re
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sllm_mini.device.cpu import cpu_count
 from sllm_mini.errors import CheckpointError, ModelError, ResourceError
 from sllm_mini.lab import environment, house, widgets
 from sllm_mini.lab.account import account
@@ -28,6 +30,7 @@ from sllm_mini.lab.table import Table
 from sllm_mini.lab.timeline import plot_timeline, timeline_alt_text, timeline_table
 from sllm_mini.lab.units import nbytes_text, rate_text, seconds_text, share_text
 from sllm_mini.lab.whatif import CHUNKS, draw_prediction, predict_cold_start
+from sllm_mini.loading.probe import measure_machine
 from sllm_mini.types import Span, Tier, Warmth
 
 
@@ -393,10 +396,14 @@ def test_every_text_of_the_house_stays_in_its_room() -> None:
 
 
 def test_the_environment_says_what_is_here(tmp_path: Path) -> None:
+    days = [datetime.datetime.now(datetime.UTC).date().isoformat()]
     found = environment.check_environment(tmp_path)
+    days.append(datetime.datetime.now(datetime.UTC).date().isoformat())
     import torch
 
     assert found.ready
+    assert found["date"].value in days and "figures on this page" in found["date"].meaning
+    assert found["processor"].value.startswith(f"{measure_machine(tmp_path).processor}, {cpu_count()} core")
     assert found["packages"].value.startswith(f"torch {torch.__version__}")
     assert str(torch.get_num_threads()) in found["processor"].value
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What a chapter finds on this machine, before it starts: what is here, what is missing, and what that means.
+"""What a chapter finds on this machine, before it starts: the day, what is here, what is missing, and what that means.
 
 `check_environment` never raises because something optional is absent: it says what the reader will see instead. Costs
 the import of torch (which every chapter needs anyway) and the probes of `loading.probe`, some milliseconds. Shown at
@@ -7,6 +7,7 @@ the top of every chapter.
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -19,7 +20,7 @@ from sllm_mini.device.cuda import cuda_device, why_no_cuda
 from sllm_mini.errors import SllmError
 from sllm_mini.lab.table import Table
 from sllm_mini.lab.units import nbytes_text
-from sllm_mini.loading.probe import Machine, measure_machine
+from sllm_mini.loading.probe import Machine, measure_machine, processor_model
 
 Status = Literal["ok", "limited", "missing"]
 
@@ -89,6 +90,7 @@ def check_environment(directory: str | os.PathLike[str] = ".") -> Environment:
     """
     return Environment(
         (
+            _date(),
             Finding("python", platform.python_version()),
             _system(),
             *_packages(),
@@ -98,6 +100,12 @@ def check_environment(directory: str | os.PathLike[str] = ".") -> Environment:
             _gpu(),
         )
     )
+
+
+def _date() -> Finding:
+    # By UTC, as the notebook's own metadata.
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return Finding("date", today, meaning="figures on this page are from this day and this machine, where none other is named")
 
 
 def _system() -> Finding:
@@ -137,12 +145,13 @@ def _packages() -> list[Finding]:
 
 def _processor() -> Finding:
     cores = cpu_count()
+    model = processor_model()
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library of it is broken
-        return Finding("processor", f"{cores} cores", "missing", f"torch cannot be imported ({error}); run make setup again")
+        return Finding("processor", f"{model}, {cores} cores", "missing", f"torch cannot be imported ({error}); run make setup again")
     threads = torch.get_num_threads()
-    value = f"{cores} {'core' if cores == 1 else 'cores'}, torch computes on {threads} {'thread' if threads == 1 else 'threads'}"
+    value = f"{model}, {cores} {'core' if cores == 1 else 'cores'}, torch computes on {threads} {'thread' if threads == 1 else 'threads'}"
     if threads > cores:
         return Finding("processor", value, "limited", f"more threads than cores slow each other down; set OMP_NUM_THREADS={cores}")
     if cores < 2:

@@ -32,6 +32,7 @@ from sllm_mini.loading.probe_samples import Measurement, Samples, Skipped
 __all__ = [
     "Ability", "DirectIo", "Limits", "Machine", "Measurement", "Samples", "Skipped", "file_system_of", "huge_page_mode", "measure_abilities",
     "measure_device_copy", "measure_direct_io", "measure_disk", "measure_first_touch", "measure_limits", "measure_machine", "measure_memory_copy",
+    "processor_model",
 ]  # fmt: skip
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "cupy")
@@ -88,7 +89,7 @@ def measure_machine(directory: str | os.PathLike[str]) -> Machine:
     return Machine(
         kernel=platform.release(),
         architecture=platform.machine(),
-        processor=_processor(),
+        processor=processor_model(),
         cpu_count=cpu_count(),
         memory_nbytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         memory_available_nbytes=available_nbytes(),
@@ -151,7 +152,8 @@ def _flat(parts: Iterable[Samples]) -> tuple[tuple[Measurement, ...], tuple[Skip
     return total.measurements, total.skipped
 
 
-def _processor() -> str:
+def processor_model() -> str:
+    """The processor as its maker names it, or the architecture where the system names none."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
