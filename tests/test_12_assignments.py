@@ -259,6 +259,15 @@ def test_hidden_checks_stand_alone(name: str, monkeypatch: pytest.MonkeyPatch) -
         assert run(cell.source, scope) == float(cell.metadata.nbgrader["points"])
 
 
+def test_the_teachers_guide_says_of_each_what_it_says_itself() -> None:
+    rows = re.findall(r"^\| (a\d\d) \| (\d\d) \| (.+?): .+? \| (\d+) \| (\d+) \|", (ROOT / "book" / "teaching.md").read_text(), re.MULTILINE)
+    assert [row[0] for row in rows] == [name[:3] for name in NAMES]
+    for name, (_, chapter, functions, points, minutes) in zip(NAMES, rows, strict=True):
+        words = "".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown")
+        assert f"*Goes with chapter {chapter}. {points} points, about {minutes} minutes, any machine without a GPU.*" in words
+        assert all(f"`{function}(" in words for function in re.findall(r"`(\w+)`", functions)) and "`" in functions
+
+
 # The teacher's path: nbgrader, as a teacher calls it
 
 needs_nbgrader = pytest.mark.skipif(not (ROOT / ".venv" / "teaching" / ".done").is_file(), reason="nbgrader is not there: make test and make release install it")

@@ -72,6 +72,6 @@ def test_every_row_of_the_survey_is_on_its_page() -> None:
 
 def test_every_chapter_and_every_page_is_in_the_contents() -> None:
     contents = (BOOK / "index.md").read_text()
-    for page in [*(ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"), *BOOK.glob("systems/*.md"), BOOK / "glossary.md"]:
+    for page in [*(ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"), *BOOK.glob("systems/*.md"), BOOK / "glossary.md", BOOK / "teaching.md"]:
         place = page.relative_to(BOOK if page.suffix == ".md" else ROOT).with_suffix("")
         assert f"\n{place}\n" in contents, page
