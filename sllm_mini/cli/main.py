@@ -24,6 +24,7 @@ from sllm_mini.cli import (
     kernels,
     machine,
     models,
+    records,
     serve,
     simulate,
     store,
@@ -98,6 +99,8 @@ def _root(
 
 
 app.command("tour")(tour.tour)
+app.command("record")(records.record)
+app.command("compare")(records.compare)
 app.command("doctor")(machine.doctor)
 app.command("make-model")(checkpoints.make_model)
 app.command("convert")(checkpoints.convert)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sllm_mini.errors import SllmError
+from sllm_mini.lab.recorded import code_hash
 
 
 class ChapterError(SllmError):
@@ -33,10 +34,11 @@ class Execution:
     seconds: float
 
 
-def execute_chapter(path: str | os.PathLike[str], *, write: bool = True, timeout_seconds: float = 600) -> Execution:
-    """Runs one notebook in a fresh kernel, in its own folder, and writes outputs and the time they took into it.
+def execute_chapter(path: str | os.PathLike[str], *, write: bool = True, to: str | os.PathLike[str] | None = None, timeout_seconds: float = 600) -> Execution:
+    """Runs one notebook in a fresh kernel, in its own folder, and writes outputs, where and when they came about and the time they took into it,
+    or into the file `to`.
 
-    With `write` false the file stays as it is. A chapter that fails is never written. Raises ChapterError naming the
+    With `write` false nothing is written. A chapter that fails is never written. Raises ChapterError naming the
     file and the cell. `timeout_seconds` bounds each cell. Not safe for one file from several threads.
     """
     import nbformat
@@ -69,11 +71,25 @@ def execute_chapter(path: str | os.PathLike[str], *, write: bool = True, timeout
     if write:
         notebook.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"})
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        notebook.metadata["sllm_mini"] = {"executed": today, "seconds": round(seconds, 1), "python": platform.python_version()}
-        temporary = path.with_name(f".{path.name}.tmp")
+        notebook.metadata["sllm_mini"] = {
+            "executed": today, "seconds": round(seconds, 1), "python": platform.python_version(), "machine": machine_label(), "code": code_hash(),
+        }  # fmt: skip
+        target = path if to is None else Path(to)
+        temporary = target.with_name(f".{target.name}.tmp")
         nbformat.write(notebook, temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     return Execution(path, sum(cell.cell_type == "code" for cell in notebook.cells), seconds)
+
+
+def machine_label() -> str:
+    """What chapters run on here, in a few words: the GPU where there is one, the processor and its cores."""
+    from sllm_mini.device import cuda_available
+    from sllm_mini.device.cpu import cpu_count
+    from sllm_mini.device.cuda import cuda_device
+    from sllm_mini.loading.probe import processor_model
+
+    gpu = f"{cuda_device(0).properties().model}, " if cuda_available() else ""
+    return f"{gpu}{processor_model()}, {cpu_count()} cores"
 
 
 def _complaints(notebook: Any) -> Iterator[tuple[str, str]]:
