@@ -27,7 +27,7 @@ from sllm_mini.lab.anatomy import ColdStart
 from sllm_mini.loading import probe
 from sllm_mini.types import Span, Warmth
 
-COMMANDS = ("tour", "doctor", "make-model", "convert", "export", "inspect", "verify", "load", "generate", "serve", "deploy", "delete", "ps", "unload", "pin", "simulate", "bench")
+COMMANDS = ("tour", "doctor", "make-model", "convert", "export", "inspect", "verify", "load", "generate", "serve", "deploy", "delete", "ps", "unload", "pin", "simulate", "record", "compare", "bench")
 
 
 def spawn(*args: str | Path, **options: Any) -> subprocess.Popen[str]:

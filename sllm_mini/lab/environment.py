@@ -24,6 +24,8 @@ from sllm_mini.loading.probe import Machine, measure_machine, processor_model
 
 Status = Literal["ok", "limited", "missing"]
 
+CAPTION = "This machine"
+"""Of the table that a chapter opens with; who reads an executed chapter finds its machine and day by it."""
 _NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "msgspec", "numpy", "xxhash", "matplotlib")
 _OPTIONAL = {
     "ipywidgets": "sliders are not shown; every picture is there all the same",
@@ -72,7 +74,7 @@ class Environment:
         return Table(
             headers=("what", "found", "state", "what it means"),
             rows=tuple((f.name, f.value, f.status, f.meaning) for f in self.findings),
-            caption="This machine",
+            caption=CAPTION,
             note=verdict,
         )
 

@@ -1,28 +1,27 @@
 """Chapters run on one machine, kept, and set beside a run on another: what `sllm-mini record` and `compare` do.
 
-A record is a folder with executed notebooks and nothing else: each says when, on which machine and by which code it ran, and its tables hold the
-figures. So the chapters as they are committed are a record too, which is what a reader's own is set beside. Shown in chapter 00.
+A record is a folder with executed notebooks and nothing else: each says when, on which machine and by which code it ran, and its outputs hold the
+figures. So the chapters as they are committed are a record too, which is what a reader's own is set beside. One run stands beside one run: how far
+runs of one machine lie apart, the rounds within a chapter say. Shown in chapter 00.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import subprocess
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html.parser import HTMLParser
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from sllm_mini.errors import SllmError
+from sllm_mini.lab.children import last_line
+from sllm_mini.lab.environment import CAPTION
 from sllm_mini.lab.execute import ChapterError, Execution, execute_chapter
+from sllm_mini.lab.quantity import quantities, skeleton, without_asides
+from sllm_mini.lab.shown import Shown, shown_by
 from sllm_mini.lab.table import Table
-
-_UNITS = {
-    "ns": (1e-9, "s"), "µs": (1e-6, "s"), "us": (1e-6, "s"), "ms": (1e-3, "s"), "s": (1.0, "s"), "min": (60.0, "s"), "h": (3600.0, "s"),
-    "B": (1.0, "B"), "kB": (1e3, "B"), "MB": (1e6, "B"), "GB": (1e9, "B"), "TB": (1e12, "B"), "%": (0.01, "%"), "": (1.0, ""),
-}  # fmt: skip
-_QUANTITY = re.compile(r"(?P<sign>[-−]?)(?P<times>[x×]?)(?P<number>\d[\d,\u202f]*(?:\.\d+)?) ?(?P<unit>ns|µs|us|ms|min|s|h|kB|MB|GB|TB|B|%)?(?P<rate>/s)?(?=$|[ (;,–])")
 
 
 class RecordError(SllmError):
@@ -31,14 +30,14 @@ class RecordError(SllmError):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A chapter that was executed. `tables` are by the id of their cell and their place in its output."""
+    """A chapter that was executed, and what each cell showed, by its id."""
 
     title: str
     machine: str
     date: str
     code: str
     seconds: float
-    tables: Mapping[tuple[str, int], Table]
+    cells: Mapping[str, Shown]
 
     @property
     def where(self) -> str:
@@ -47,9 +46,11 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure that two runs of a chapter both have. `ratio` is theirs over mine; None where one of them is 0."""
+    """One figure that two runs of a chapter both have. `caption` is that of its table; None where it was printed or drawn: then `row` is the line,
+    with "…" for figures that differ, and `column` the words before the figure. `ratio` is theirs over mine; None where one of them is 0 or they are of two kinds."""
 
-    caption: str
+    cell: str
+    caption: str | None
     row: str
     column: str
     mine: str
@@ -68,118 +69,131 @@ def chapter_files(folder: Path, chosen: Sequence[str] = ()) -> list[Path]:
     return [path for path in every if not chosen or path.name.startswith(tuple(chosen))]
 
 
-def record(chapters: Iterable[Path], folder: Path, *, timeout_seconds: float = 600.0) -> Iterator[Execution | ChapterError]:
+def record(chapters: Iterable[Path], folder: Path, *, timeout_seconds: float = 600.0) -> Generator[Execution | ChapterError]:
     """Executes chapters and writes each into `folder`, which must not be there; the notebooks themselves stay as they are. Gives what became of
-    each. Raises RecordError."""
+    each; a folder into which nothing came is removed. Raises RecordError."""
     if folder.exists():
         raise RecordError(f"{folder} is there already; give another name, or remove it")
     folder.mkdir(parents=True)
-    for path in chapters:
-        try:
-            yield execute_chapter(path, to=folder / path.name, timeout_seconds=timeout_seconds)
-        except ChapterError as error:
-            yield error
-
-
-def read_run(path: Path) -> Run:
-    """Raises RecordError for a file that is no notebook, or was never executed."""
     try:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for path in chapters:
+            try:
+                yield execute_chapter(path, to=folder / path.name, timeout_seconds=timeout_seconds)
+            except ChapterError as error:
+                yield error
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def read_run(path: Path, *, committed: bool = False) -> Run:
+    """The run whose outputs a notebook holds, or those that it has at git's HEAD. Machine and day are those that its own first cell found, so they
+    are true of a notebook run in JupyterLab as well. Raises RecordError for a file that is no notebook, or was never executed."""
+    try:
+        notebook = json.loads(_committed(path) if committed else path.read_text(encoding="utf-8"))
         cells, told = notebook["cells"], notebook["metadata"].get("sllm_mini", {})
         title = next((line.lstrip("# ") for cell in cells if cell["cell_type"] == "markdown" for line in "".join(cell["source"]).splitlines() if line.startswith("# ")), path.stem)
-        tables = {(str(cell.get("id", number)), place): table for number, cell in enumerate(cells) for place, table in enumerate(_tables(cell))}
+        shown = {str(cell.get("id", number)): shown_by(cell) for number, cell in enumerate(cells)}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RecordError(f"{path} is no notebook that can be read ({error})") from error
-    if "executed" not in told:
+    machine, date = _found(shown)
+    if "executed" not in told and not date:
         raise RecordError(f"{path} was never executed; run: sllm-mini record {path.name[:2]}")
-    return Run(title, str(told.get("machine", "")), str(told["executed"]), str(told.get("code", "")), float(told.get("seconds", 0.0)), tables)
+    if date and (machine, date) != (told.get("machine"), told.get("executed")):
+        return Run(title, machine, date, "", 0.0, shown)  # run again since by something that leaves no metadata
+    return Run(title, str(told.get("machine", "")), str(told["executed"]), str(told.get("code", "")), float(told.get("seconds", 0.0)), shown)
+
+
+def _committed(path: Path) -> str:
+    try:
+        done = subprocess.run(["git", "show", f"HEAD:./{path.name}"], cwd=path.parent, capture_output=True, check=False)
+    except FileNotFoundError as error:
+        raise RecordError(f"{path} as it was committed cannot be had: git is not installed; name the record to set it beside") from error
+    if done.returncode:
+        raise RecordError(f"{path} as it was committed cannot be had ({last_line(done.stderr.decode(errors='replace')) or 'git gave no reason'}); name the record to set it beside")
+    return done.stdout.decode("utf-8")
+
+
+def _found(shown: Mapping[str, Shown]) -> tuple[str, str]:
+    """Machine, as `machine_label` has it, and day, as a chapter's first cell found them; empty where it found none."""
+    own = (table for each in shown.values() for table in each.tables if table.caption == CAPTION and len(table.headers) > 1)
+    facts = {row[0]: row[1] for table in own for row in table.rows}
+    gpu, processor = facts.get("GPU", "none").partition(", ")[0], facts.get("processor", "").partition(", torch")[0]
+    return (processor if gpu == "none" else f"{gpu}, {processor}"), facts.get("date", "")
 
 
 def figures(mine: Run, theirs: Run) -> list[Figure]:
-    """Every quantity that is in the same place of both: same cell, same headers, a row of the same name, and of the same kind. Pure."""
+    """Every figure that is in the same place of both: in the same cell, a row and a column of the same name, or a line that says the same but for its
+    figures. Pure."""
     found: list[Figure] = []
-    for place, table in mine.tables.items():
-        other = theirs.tables.get(place)
-        if other is None or other.headers != table.headers:
-            continue
-        rows = {_named(other.rows, number): row for number, row in enumerate(other.rows)}
-        for number, row in enumerate(table.rows):
-            beside = rows.get(_named(table.rows, number))
-            for header, cell, theirs_cell in zip(table.headers[1:], row[1:], (beside or ())[1:], strict=False):
-                one, two = quantity(cell), quantity(theirs_cell)
-                if one is not None and two is not None and one[1] == two[1]:
-                    found.append(Figure(table.caption, row[0], header, cell, theirs_cell, two[0] / one[0] if one[0] and two[0] else None))
+    for cell, shown in mine.cells.items():
+        if any(table.caption == CAPTION for table in shown.tables):
+            continue  # the machine itself, which both name
+        other = theirs.cells.get(cell, Shown((), ()))
+        for table, beside in zip(shown.tables, other.tables, strict=False):
+            if table.headers == beside.headers:
+                found += _table_figures(cell, table, beside)
+        for line, same in _pairs(shown.lines, other.lines):
+            found += _line_figures(cell, line, same)
     return found
 
 
-def quantity(text: str) -> tuple[float, str] | None:
-    """What a cell begins with, in its base unit, and the unit: seconds, bytes, bytes a second, a share, a factor, a number. None where it is none."""
-    match = _QUANTITY.match(text.strip())
-    if match is None:
-        return None
-    scale, unit = _UNITS[match["unit"] or ""]
-    sign = -1.0 if match["sign"] else 1.0
-    return sign * scale * float(match["number"].replace(",", "").replace("\u202f", "")), ("x" if match["times"] else "") + unit + (match["rate"] or "")
+def _table_figures(cell: str, mine: Table, theirs: Table) -> Iterator[Figure]:
+    rows = {_named(theirs.rows, number): row for number, row in enumerate(theirs.rows)}
+    for number, row in enumerate(mine.rows):
+        beside = rows.get(_named(mine.rows, number), ())
+        label = _label(mine.rows, row, beside)
+        for header, text, other in zip(mine.headers[1:], row[1:], beside[1:], strict=False):
+            one, two = quantities(text), quantities(other)
+            if one and two and one[0].unit == two[0].unit:
+                yield Figure(cell, mine.caption, label, header, text, other, two[0].over(one[0]))
+
+
+def _label(rows: Sequence[Sequence[str]], row: Sequence[str], beside: Sequence[str]) -> str:
+    """A row's first cell, and the next ones that both runs share as long as others of its table begin as it does."""
+    upto = 1
+    while upto < len(beside) and row[upto] == beside[upto] and sum(each[:upto] == row[:upto] for each in rows) > 1:
+        upto += 1
+    return ", ".join(row[:upto])
+
+
+def _line_figures(cell: str, mine: str, theirs: str) -> Iterator[Figure]:
+    pairs = list(zip(quantities(mine), quantities(theirs), strict=True))
+    label, end = mine, 0
+    for one, two in reversed(pairs):
+        if one.text != two.text:
+            label = f"{label[: one.start]}…{label[one.end :]}"
+    label = " ".join(without_asides(label).split())
+    for one, two in pairs:
+        words, end = mine[end : one.start], one.end
+        yield Figure(cell, None, label, " ".join(without_asides(words).split()).strip(" ,;:"), one.text, two.text, two.over(one))
+
+
+def _pairs(mine: Sequence[str], theirs: Sequence[str]) -> list[tuple[str, str]]:
+    """Lines that say the same but for figures, in order. Where one run has more of a kind than the other, which belongs to which is not guessed."""
+    of_a_kind = {kind: iter([line for line in theirs if skeleton(line) == kind]) for kind in set(map(skeleton, theirs))}
+    counts = Counter(map(skeleton, mine)), Counter(map(skeleton, theirs))
+    pairs = [(line, next(of_a_kind[kind])) for line in mine if counts[0][kind := skeleton(line)] == counts[1][kind]]
+    return list(dict.fromkeys(pairs))
 
 
 def figures_table(mine: Run, theirs: Run) -> Table:
-    """The figures of two runs of one chapter, side by side."""
+    """The figures of two runs of one chapter that differ, side by side; those of one line in one row."""
+    every = figures(mine, theirs)
+    different = [each for each in every if each.mine != each.theirs]
     rows = []
-    for each in figures(mine, theirs):
-        rows.append((each.caption, each.row, each.column, each.mine, each.theirs, "" if each.ratio is None else f"{each.ratio:.2f}"))
+    for _, group in groupby(enumerate(different), lambda each: (each[1].cell, each[1].row, None if each[1].caption is None else each[0])):
+        same = [each for _, each in group]
+        column = "" if same[0].caption is None else same[0].column
+        ratios = ", ".join("?" if each.ratio is None else f"{each.ratio:.2f}" for each in same)
+        rows.append((same[0].caption or same[0].cell, same[0].row, column, *(", ".join(words) for words in zip(*((each.mine, each.theirs) for each in same), strict=True)), ratios))
     stale = "" if mine.code == theirs.code else " They ran other code of the package, or one does not say which."
-    note = f"This: {mine.where}. Other: {theirs.where}.{stale}"
-    return Table(("table", "row", "figure", "this", "other", "other over this"), tuple(rows), mine.title, note, numeric=frozenset({3, 4, 5}))
+    caption = f"{mine.title}. This: {mine.where}. Other: {theirs.where}."
+    note = f"Of {len(every)} figures that both have, {len(every) - len(different)} are the same and left out.{stale}"
+    return Table(("table or cell", "row or line", "figure", "this", "other", "other over this"), tuple(rows), caption, note, numeric=frozenset({3, 4, 5}))
 
 
 def _named(rows: Sequence[Sequence[str]], number: int) -> tuple[str, int]:
     """A row by its first cell, and by how many before it have the same."""
     name = rows[number][0]
     return name, sum(row[0] == name for row in rows[:number])
-
-
-def _tables(cell: Mapping[str, Any]) -> Iterator[Table]:
-    for output in cell.get("outputs", ()):
-        text = "".join(output.get("data", {}).get("text/html", ""))
-        if text.startswith("<table>"):
-            reader = _Reader()
-            reader.feed(text)
-            if reader.headers and all(len(row) == len(reader.headers) for row in reader.rows):
-                yield Table(tuple(reader.headers), tuple(map(tuple, reader.rows)), reader.caption)
-
-
-class _Reader(HTMLParser):
-    """A `Table` as it was written into a notebook."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.caption, self.headers, self.rows = "", list[str](), list[list[str]]()
-        self._in = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "tbody":
-            self._in = ""
-        elif tag == "tr":
-            self.rows.append([])
-        elif tag == "th":
-            self._in = tag
-            self.headers.append("")
-        elif tag == "td":
-            self._in = tag
-            self.rows[-1].append("")
-        elif tag == "caption":
-            self._in = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == self._in:
-            self._in = ""
-        if tag == "thead":
-            self.rows.clear()
-
-    def handle_data(self, data: str) -> None:
-        if self._in == "caption":
-            self.caption += data
-        elif self._in == "th":
-            self.headers[-1] += data
-        elif self._in == "td":
-            self.rows[-1][-1] += data
