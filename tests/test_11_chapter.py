@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from store_process import eventually
 
 from sllm_mini.checkpoint import Checkpoint, convert_checkpoint
 from sllm_mini.cluster.trace.request import TraceRequest
@@ -260,8 +261,8 @@ def test_a_model_at_an_address_is_asked_in_words(tiny: Checkpoint) -> None:
         assert all(answer.usage is not None and answer.usage.completion_tokens == 3 for _, answer in answers)
         told = timing_table(answers).rows
         assert [line[1] for line in told] == ["cold", "ready"] and told[0][2] == "remote"
-        nodes = nodes_table(house.cluster.nodes()).rows
-        assert any("model-00 in dram" in line[2] for line in nodes) and len(nodes) == 2
+        assert len(nodes_table(house.cluster.nodes()).rows) == 2
+        eventually(lambda: any("model-00 in dram" in line[2] for line in nodes_table(house.cluster.nodes()).rows))  # a node tells a moment after the load
     house.close()
 
 
