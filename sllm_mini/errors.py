@@ -71,6 +71,10 @@ class NoRoomError(StoreError):
     """A place of the store has no room for a model, whatever is evicted from it."""
 
 
+class InUseError(SllmError):
+    """It cannot go, or become another, while something else is made of it; the message names what."""
+
+
 class DeviceError(SllmError):
     """A device call failed, or the device asked for is not there."""
 

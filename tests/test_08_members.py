@@ -90,6 +90,20 @@ def test_a_deployment_that_fails_on_a_joining_node_fails_alone(cluster: LiveClus
     assert {each.name for each in cluster.nodes() if each.alive} == {"n0", "n2"}
 
 
+def test_the_answer_to_a_registration_that_was_given_up_is_not_taken_for_the_next(cluster: LiveCluster) -> None:
+    (handle,) = cluster._loop.carry.handles.values()
+    assert isinstance(handle, Scripted)
+    deploying = threading.Thread(target=cluster.deploy, args=(Deployment(m.ModelSpec(name="b", nbytes=1), "broken"),))  # n0 answers nothing by itself
+    deploying.start()
+    assert cluster.wait(lambda _: "b" in cluster._members._deploying, 20)
+    (order,) = (each for each in handle.orders if isinstance(each, node.Register) and each.model == "b")
+    handle._answer(node.OrderFailed("b", "StoreError", "it was in use", order.number + 1), b"")
+    handle._answer(node.Registered("b", "old", Tier.DISK, 1, (), order.number + 1), b"")
+    handle._answer(node.Registered("b", "new", Tier.DISK, 1, (), order.number), b"")
+    deploying.join(20)
+    assert cluster._members.deployed["b"][1] == "new"
+
+
 @pytest.mark.parametrize(
     ("model", "source"), [(m.ModelSpec(name="b", nbytes=1), ""), (m.ModelSpec(name="b", nbytes=1), "x" * 5000), (m.ModelSpec(name="b" * 1025, nbytes=1), "x"), (m.ModelSpec(name="b", nbytes=1, concurrency=5000), "x")]
 )

@@ -29,6 +29,8 @@ TierOption = Annotated[str | None, typer.Option("--tier", metavar="TIER", help='
 def deploy(
     name: NameArgument,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint's folder below one of the server's, or an address; left out, it stays.", show_default=False)] = "",
+    base: Annotated[str | None, typer.Option("--base", metavar="NAME", help="A deployed model of which this is an adapter, and whose weights it shares.")] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", metavar="DIR", help="The LoRA adapter's folder, below one of the server's, in place of SOURCE.")] = None,
     min_instances: Annotated[int | None, typer.Option("--min", metavar="N", min=0, max=1024, help="Instances that always stay.")] = None,
     max_instances: Annotated[int | None, typer.Option("--max", metavar="N", min=1, max=1_000_000, help="Instances at most.")] = None,
     concurrency: Annotated[int | None, typer.Option("--concurrency", metavar="N", min=1, max=4096, help="Requests that run at once in one instance.")] = None,
@@ -46,11 +48,12 @@ def deploy(
     """
     with _client(server, api_key_file) as client:
         found = client.deploy(
-            name, source=_source(source), min_instances=min_instances, max_instances=max_instances, concurrency=concurrency, devices=devices, tier=tier, keep_alive=keep_alive,
+            name, source=_source(source), base=base, adapter=_source(adapter or ""), min_instances=min_instances, max_instances=max_instances, concurrency=concurrency, devices=devices, tier=tier, keep_alive=keep_alive,
         )  # fmt: skip
         if load:
             found = client.load(name)
-    _done(found, f"{name} is deployed: {nbytes_text(found['nbytes'])} from {found['source']}, {_state(found)}", json)
+    place = f"{found['source']} on {found['base']}" if found["base"] else found["source"]
+    _done(found, f"{name} is deployed: {nbytes_text(found['nbytes'])} from {place}, {_state(found)}", json)
 
 
 def delete(name: NameArgument, server: ServerOption = None, api_key_file: KeyOption = None, json: JsonOption = False) -> None:
@@ -108,7 +111,8 @@ def ps(server: ServerOption = None, api_key_file: KeyOption = None, json: JsonOp
         cached = ", ".join(f"{node} {tier}" for node, tier in model["cached"].items()) or "–"
         cells = [_instance(each) for each in found["instances"] if each["model"] == model["name"]] or [("cold", "–", "–", "–", "–")]
         for number, each in enumerate(cells):
-            made.add_row(*((model["name"], nbytes_text(model["nbytes"])) if not number else ("", "")), *each, "" if number else cached)
+            named = f"{model['name']} on {model['base']}" if model["base"] else model["name"]
+            made.add_row(*((named, nbytes_text(model["nbytes"])) if not number else ("", "")), *each, "" if number else cached)
     console.print(made if found["models"] else "No model is deployed; deploy one with: sllm-mini deploy NAME SOURCE")
     console.print()
     made = terminal.table("node", "state", "devices", "memory for models", "disk for models", numbers=("devices",))

@@ -51,12 +51,16 @@ class Deployment:
     """A model and where its checkpoint is; `spec.name` is its name everywhere. `source` is a folder, which nodes that see it
     have on disk, or an address, of 4,096 characters at most. With a `tier` (DISK or DRAM) each node's store brings it there and never evicts it from there, as far as
     it has such a place and room. `keep_alive` is that of an `Ask` to begin with; None: as the policy says. Raises ValueError for
-    another tier, for what is no time, and for names and sources that no message to a node carries."""
+    another tier, for what is no time, and for names and sources that no message to a node carries.
+
+    With a `base`, the name of another deployed model, `source` is a folder with a LoRA adapter of that: a model of its own, whose weights are the
+    base's where those are, in the same memory, and its adapter beside them. Stores know the base alone, so such a one has no `tier`."""
 
     spec: ModelSpec
     source: str
     tier: Tier | None = None
     keep_alive: float | None = None
+    base: str = ""
 
     def __post_init__(self) -> None:
         keep_alive_seconds(self.keep_alive)
@@ -255,11 +259,13 @@ class Cluster(Protocol):
 
     def deploy(self, deployment: Deployment) -> None:
         """A model, or new figures of one. Returns when the controller and every node know it. Raises SllmError, StoreError or
-        what reading the source raises; nothing is deployed then."""
+        what reading the source raises, ModelError for a base that is not deployed or that the adapter does not fit, InUseError for other weights
+        under a base that has adapters; nothing is deployed then."""
         ...
 
     def delete(self, model: str) -> None:
-        """What it has is run to the end; new requests are refused. Nothing for one that is unknown."""
+        """What it has is run to the end; new requests are refused. Nothing for one that is unknown. Raises InUseError while adapters of it are
+        deployed."""
         ...
 
     def prewarm(self, model: str, warmth: Warmth = Warmth.READY, keep_alive: float | None = None) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sllm_mini.cluster.load import Load
 from sllm_mini.device import get_device
 from sllm_mini.device.base import Device
-from sllm_mini.errors import SllmError
+from sllm_mini.errors import ModelError, SllmError
 from sllm_mini.types import ModelId, Span, SpanRecorder, Tier, Warmth
 
 if TYPE_CHECKING:
@@ -140,9 +140,10 @@ class Instance:
             self._load = load
             before.close()
 
-    def make_ready(self, *, max_batch: int = 8) -> Engine:
-        """Makes the engine, which may run while bytes still arrive, or gives the one there is. Raises ModelError for a model that
-        cannot be run, NodeError once the instance was stopped; it holds what it held before then."""
+    def make_ready(self, *, max_batch: int = 8, adapter: str = "", digest: str = "") -> Engine:
+        """Makes the engine, which may run while bytes still arrive, or gives the one there is; with the folder of an `adapter` it computes with that
+        too, and of the lent memory nothing is written. `digest`, where given, must then be that of both (`adapted_digest`). Raises ModelError for
+        a model that cannot be run and an adapter that does not fit, NodeError once the instance was stopped; it holds what it held before then."""
         from sllm_mini.inference import Engine, load_tokenizer, stream_model
         from sllm_mini.inference.templates import take
 
@@ -155,8 +156,12 @@ class Instance:
             streamed = stream_model(loading, recorder=recorder, skeleton=None if template is None else template.model)
             with recorder.span("tokenizer", warmth=Warmth.DRAM):
                 tokenizer = load_tokenizer(load.checkpoint) if template is None else template.tokenizer
+            name = load.checkpoint.digest
+            if adapter:
+                with recorder.span("adapter", warmth=Warmth.READY):
+                    name = _apply(streamed.model, name, adapter, digest)
             with recorder.span("engine", warmth=Warmth.READY):
-                engine = Engine(streamed.model, tokenizer, max_batch=max_batch, name=load.checkpoint.digest, recorder=recorder)
+                engine = Engine(streamed.model, tokenizer, max_batch=max_batch, name=name, recorder=recorder)
             self._arrived = threading.Event()
             follower = threading.Thread(target=self._follow, args=(streamed, load, self._arrived), name="sllm-node-load", daemon=True)
             try:
@@ -248,3 +253,17 @@ class Instance:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+
+
+def _apply(model: Any, base: str, folder: str, digest: str) -> str:
+    """From now on the model computes with the adapter; what names both. Raises ModelError where that is not `digest`, and what loading raises."""
+    from sllm_mini.inference.adapter_files import adapted_digest, open_adapter
+    from sllm_mini.inference.lora import Adapters
+
+    found = adapted_digest(base, open_adapter(folder).digest())
+    if digest and found != digest:
+        raise ModelError(f"the adapter in {folder} is another one than was deployed; deploy it again")
+    adapters = Adapters(model)
+    adapters.load(folder, folder)
+    adapters.use(folder)
+    return found

@@ -16,45 +16,23 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from sllm_mini.checkpoint.directory import open_checkpoint
 from sllm_mini.checkpoint.dtypes import torch_dtype
-from sllm_mini.checkpoint.index import INDEX_FILE
 from sllm_mini.checkpoint.safetensors_file import FileBytes, open_plain, read_header
-from sllm_mini.errors import FormatError, ModelError
+from sllm_mini.errors import ModelError
+from sllm_mini.inference.adapter_files import (
+    WEIGHTS_FILE,
+    AdapterConfig,
+    AdapterFiles,
+    check_pair,
+    no_such_layer,
+    not_a_pattern,
+    open_adapter,
+    pairs_of,
+)
 from sllm_mini.loading.load import load_tensors
 
 if TYPE_CHECKING:
     import torch
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_CONFIG_LIMIT = 16 << 20
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-
-
-class _Config(msgspec.Struct, frozen=True):
-    """What PEFT's `LoraConfig` says about how an adapter computes."""
-
-    r: int
-    lora_alpha: float
-    target_modules: list[str] | str
-    use_rslora: bool = False
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-
-_NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
-    "peft_type", "revision", "task_type", *_Config.__struct_fields__,
-}  # fmt: skip
-"""Fields that are read above or change nothing once trained: `fan_in_fan_out` is known from the layer itself."""
-_HARMLESS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
-"""Values that change nothing, of fields that may; initialisations that are not here change the base's weights as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +81,10 @@ class Adapters:
         layers = _linear_layers(self.model)
         if not layers:
             raise ModelError(f"{type(self.model).__name__} has no linear layer, so no adapter fits it")
-        config, tensors = _read(Path(path), str(next(iter(layers.values())).weight.device), verify)
-        deltas = _pair(config, tensors, layers, Path(path))
-        nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        self._adapters[name] = Adapter(name, deltas, nbytes)
+        files = open_adapter(path)
+        tensors = _read(files, str(next(iter(layers.values())).weight.device), verify)
+        deltas = _pair(files, tensors, layers)
+        self._adapters[name] = Adapter(name, deltas, files.nbytes)
         return self._adapters[name]
 
     def use(self, name: str | None) -> None:
@@ -122,7 +100,7 @@ class Adapters:
         for hook in self._hooks:
             hook.remove()
         chosen = {} if name is None else self._adapters[name].layers
-        self._hooks = [delta.layer.register_forward_hook(delta) for delta in chosen.values()]
+        self._hooks = [self.model.get_submodule(layer).register_forward_hook(delta) for layer, delta in chosen.items()]
         self._active = name
 
     def unload(self, name: str) -> None:
@@ -139,12 +117,12 @@ class Adapters:
 
 
 class _Delta:
-    """What an adapter adds to one layer; its forward hook."""
+    """What an adapter adds to one layer; its forward hook. It does not know the layer: a model that is dropped is freed at once, in no cycle."""
 
-    __slots__ = ("a", "b", "layer", "scaling")
+    __slots__ = ("a", "b", "scaling")
 
-    def __init__(self, layer: Any, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
-        self.layer, self.a, self.b, self.scaling = layer, a, b, scaling
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
+        self.a, self.b, self.scaling = a, b, scaling
 
     def __call__(self, _layer: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         from torch.nn.functional import linear
@@ -167,20 +145,10 @@ def _features(layer: Any) -> tuple[int, int]:
     return (layer.in_features, layer.out_features) if hasattr(layer, "in_features") else (layer.nx, layer.nf)
 
 
-def _read(path: Path, device: str, verify: bool) -> tuple[_Config, dict[str, torch.Tensor]]:
-    if (path / INDEX_FILE).exists():
-        checkpoint = open_checkpoint(path)
-        if not any(companion.file == CONFIG_FILE for companion in checkpoint.index.companions):
-            raise ModelError(f"{path}: the checkpoint carries no {CONFIG_FILE}, so it is not an adapter; load it with load_model")
-        config = _decode(checkpoint.read_companion(CONFIG_FILE), path / CONFIG_FILE)
-        return config, load_tensors(checkpoint, device, verify=verify)
-    if not (path / CONFIG_FILE).exists():
-        raise ModelError(f"{path}: there is no {CONFIG_FILE}; give a directory that PEFT's save_pretrained wrote, or a checkpoint converted from one")
-    if not (path / WEIGHTS_FILE).exists():
-        raise ModelError(f"{path}: there is no {WEIGHTS_FILE}; pickled weights are not read, so save the adapter as safetensors")
-    with open(open_plain(path / CONFIG_FILE), "rb") as file:
-        config = _decode(file.read(_CONFIG_LIMIT), path / CONFIG_FILE)
-    return config, dict(_read_safetensors(path / WEIGHTS_FILE, device))
+def _read(files: AdapterFiles, device: str, verify: bool) -> dict[str, torch.Tensor]:
+    if files.checkpoint is not None:
+        return load_tensors(files.checkpoint, device, verify=verify)
+    return dict(_read_safetensors(files.path / WEIGHTS_FILE, device))
 
 
 def _read_safetensors(path: Path, device: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -197,63 +165,30 @@ def _read_safetensors(path: Path, device: str) -> Iterator[tuple[str, torch.Tens
         os.close(fd)
 
 
-def _decode(raw: bytes, path: Path) -> _Config:
-    """The configuration, if every field that it sets is one that is applied here or changes nothing."""
-    try:
-        fields = msgspec.json.decode(raw, type=dict[str, Any])
-        kind = str(fields.get("peft_type"))
-        if kind != "LORA":
-            raise ModelError(f"{path}: the adapter is of the kind {kind[:40]!r}; only 'LORA' is applied here")
-        for field, value in fields.items():
-            if value and field not in _NEUTRAL and value not in _HARMLESS.get(field, ()):
-                raise ModelError(f"{path}: the adapter sets {field} to {str(value)[:60]!r}, which is not applied here; train it without, or merge it into its base")
-        config = msgspec.convert(fields, _Config)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(f"it is not a configuration of a LoRA adapter: {' '.join(str(error).split())[:300]}", path=path) from error
-    if config.r < 1 or any(rank < 1 for rank in config.rank_pattern.values()):
-        raise FormatError("a rank is smaller than 1", path=path)
-    return config
-
-
-def _pair(config: _Config, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Any], path: Path) -> dict[str, _Delta]:
+def _pair(files: AdapterFiles, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) -> dict[str, _Delta]:
     """Each layer's two matrices, checked against the layer and against what the configuration targets."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if key.endswith(".base_layer.weight"):
-            raise ModelError(f"{path}: the adapter carries a weight of its base, {key[:200]!r}; save it again with save_embedding_layers=False")
-        if match is None:
-            raise ModelError(f"{path}: tensor {key[:200]!r} is not the A or B of a linear layer; only those are applied here")
-        found.setdefault(match[1], {})[match[2]] = tensor
+    path, config, found = files.path, files.config, pairs_of(files.matrices, files.path)
     try:
         targets = {name for name in layers if _is_target(config, name)}
-        ranks = {name: (_by_pattern(config.rank_pattern, name, config.r), _by_pattern(config.alpha_pattern, name, config.lora_alpha)) for name in found}
     except re.error as error:
-        raise FormatError(f"one of its patterns is not a regular expression: {error}", path=path / CONFIG_FILE) from error
+        raise not_a_pattern(error, path) from error
     for name in found:
         if name not in layers:
-            raise ModelError(f"{path}: the adapter changes {name[:200]!r}, which is not a linear layer of this base model; load it beside the base it was trained on")
+            raise no_such_layer(path, name)
     for name in sorted(targets ^ found.keys()):
         what = "holds weights that its configuration does not target" if name in found else "targets a layer that it holds no weights"
         raise ModelError(f"{path}: the adapter {what} for {name!r}; save it again with PEFT, or load it beside the base it was trained on")
     deltas: dict[str, _Delta] = {}
     for name, pair in found.items():
-        rank, alpha = ranks[name]
-        inputs, outputs = _features(layers[name])
-        for letter, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
-            held = tuple(pair[letter].shape) if letter in pair else None
-            if held != shape or not pair[letter].is_floating_point():
-                what = "is missing" if held is None else f"has shape {held} and dtype {pair[letter].dtype}"
-                raise ModelError(f"{path}: {letter} of layer {name!r} {what}; this base and rank {rank} need floating-point numbers of shape {shape}")
+        rank, alpha = config.rank_and_alpha(name, path)
+        check_pair(path, name, {letter: files.matrices[key] for letter, key in pair.items()}, rank, *_features(layers[name]))
         device = layers[name].weight.device
         scaling = alpha / sqrt(rank) if config.use_rslora else alpha / rank
-        deltas[name] = _Delta(layers[name], pair["A"].to(device), pair["B"].to(device), scaling)
-    if not deltas:
-        raise ModelError(f"{path}: the adapter holds no weights")
+        deltas[name] = _Delta(tensors[pair["A"]].to(device), tensors[pair["B"]].to(device), scaling)
     return deltas
 
 
-def _is_target(config: _Config, name: str) -> bool:
+def _is_target(config: AdapterConfig, name: str) -> bool:
     """Whether PEFT would change that layer: by full name or suffix, or by one regular expression for all."""
     if config.exclude_modules and _named_by(config.exclude_modules, name):
         return False
@@ -272,9 +207,3 @@ def _named_by(names: list[str] | str, layer: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, layer) is not None
     return any(layer == name or layer.endswith(f".{name}") for name in names)
-
-
-def _by_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), otherwise)
-
-

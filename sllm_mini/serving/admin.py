@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from sllm_mini.cluster.api import Deployment
 from sllm_mini.errors import (
     CheckpointError,
+    InUseError,
     LoadError,
     ModelError,
     RemoteError,
@@ -66,14 +67,14 @@ async def ps(http: Request) -> Response:
 async def deploy(http: Request, name: Name) -> Response:
     """Deploys a model, or changes how it is deployed; answers when every node knows it."""
     state, request = state_of(http), await read_body(http, DeployRequest)
-    before = _known(state, name)
-    await _change(state, name, lambda: deployment_of(name, request, before, state.options))
-    return await _model(state, name, 200 if before is not None else 201)
+    known = _known(state)
+    await _change(state, name, lambda: deployment_of(name, request, known, state.options))
+    return await _model(state, name, 200 if name in known else 201)
 
 
-@router.delete("/models/{name}", status_code=202, response_model=Deleted, responses=error_answers(*_ABOUT_ONE))
+@router.delete("/models/{name}", status_code=202, response_model=Deleted, responses=error_answers(*_ABOUT_ONE, 409))
 async def delete(http: Request, name: Name) -> Response:
-    """Takes no more requests for it; those that it has are run to their end."""
+    """Takes no more requests for it; those that it has are run to their end. Refused while adapters of it are deployed."""
     state = state_of(http)
     _deployed(state, name)
     await _asked(state.managed, lambda: state.cluster.delete(name))
@@ -106,10 +107,10 @@ async def unload(http: Request, name: Name) -> Response:
 async def pin(http: Request, name: Name) -> Response:
     """So many of its instances always stay, and its weights in a tier of each node's store; 0 and "none" take that back."""
     state, request = state_of(http), await read_body(http, PinRequest, empty=True)
-    before = _deployed(state, name)
+    _deployed(state, name)
     least = 1 if request.min_instances is None and request.tier is None else request.min_instances
     wanted = DeployRequest(min_instances=least, tier=request.tier)
-    await _change(state, name, lambda: deployment_of(name, wanted, before, state.options))
+    await _change(state, name, lambda: deployment_of(name, wanted, _known(state), state.options))
     return await _model(state, name)
 
 
@@ -144,21 +145,21 @@ async def _asked(where: Callable[[Callable[[], T]], Any], work: Callable[[], T])
         return await where(work)
     except StoreError as error:
         raise ApiError(409, "in_use", str(error), retry_after=5.0) from error
+    except InUseError as error:
+        raise ApiError(409, "in_use", str(error)) from error
     except (CheckpointError, LoadError, RemoteError, ModelError, UnsupportedError) as error:
         raise invalid(str(error), "source") from error
     except (SllmError, ValueError) as error:
         raise of_submit(error) from error
 
 
-def _known(state: State, name: str) -> Deployment | None:
-    return next((each for each in state.cluster.models() if each.spec.name == name), None)
+def _known(state: State) -> dict[str, Deployment]:
+    return {each.spec.name: each for each in state.cluster.models()}
 
 
-def _deployed(state: State, name: str) -> Deployment:
-    found = _known(state, name)
-    if found is None:
+def _deployed(state: State, name: str) -> None:
+    if name not in _known(state):
         raise unknown_model(name)
-    return found
 
 
 async def _model(state: State, name: str, status: int = 200) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec.structs import replace
@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field
 from sllm_mini.checkpoint import open_checkpoint
 from sllm_mini.cluster.api import Cluster, Deployment, Metrics, NodeReport, RequestReport
 from sllm_mini.control.messages import ModelSpec, SpecError
+from sllm_mini.inference.adapter_files import open_adapter
 from sllm_mini.serving.answers import timing
 from sllm_mini.serving.common_protocol import Timing, Wire, duration
 from sllm_mini.serving.errors import ApiError, invalid
@@ -35,11 +36,14 @@ class AdminRequest(Wire):
 
 
 class DeployRequest(AdminRequest):
-    """What is left out stays as it is; of a new model `source` must be there. `source` is a folder with a checkpoint, below one of those
-    that the server was given, or an address where it allows them. `tier`: each node keeps the weights there whatever it evicts. `keep_alive`: for
+    """What is left out stays as it is; of a new model `source` must be there, or `base` and `adapter`. `source` is a folder with a checkpoint,
+    below one of those that the server was given, or an address where it allows them; `adapter` one with a LoRA adapter of the deployed model
+    `base`, whose weights it shares. `tier`: each node keeps the weights there whatever it evicts. `keep_alive`: for
     how long an idle instance stays (seconds, "5m", 0, -1 for good), or "policy": as the server has it."""
 
     source: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    base: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    adapter: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     min_instances: Whole | None = None
     max_instances: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     concurrency: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -84,7 +88,10 @@ class InstanceStatus(Wire):
 class ModelStatus(Wire):
     name: str
     source: str
+    base: str | None
+    """The model whose weights it shares, where `source` is an adapter of that."""
     nbytes: int
+    """Of its weights, with those that it shares."""
     devices: int
     concurrency: int
     min_instances: int
@@ -160,18 +167,17 @@ class RequestStatus(Timing):
     output_tokens: int
 
 
-def deployment_of(name: str, request: DeployRequest, before: Deployment | None, options: ServeOptions) -> Deployment:
-    """Reads the checkpoint's index. Raises ApiError, and what opening the source raises."""
+def deployment_of(name: str, request: DeployRequest, known: Mapping[str, Deployment], options: ServeOptions) -> Deployment:
+    """Where `known` models are deployed. Reads the checkpoint's index. Raises ApiError, and what opening the source raises."""
+    before = known.get(name)
     if re.fullmatch(MODEL_NAME, name) is None:
         raise invalid(f"{name!a:.80} is not a name for a model; use at most 128 letters, digits, '.', '_' and '-'", "name")
-    if request.source is None and before is None:
-        raise invalid("source is missing; a model that is not deployed yet needs one", "source")
-    source = confined(request.source, options.model_roots, allow_remote=options.allow_remote) if request.source is not None else before.source  # type: ignore[union-attr]
+    source, base, nbytes = _weights(request, before, known, options)
     spec = before.spec if before is not None else ModelSpec(name=name, nbytes=0, concurrency=_CONCURRENCY)
     given = {field: value for field in ("min_instances", "max_instances", "concurrency", "devices") if (value := getattr(request, field)) is not None}
     try:
-        spec = replace(spec, nbytes=_nbytes(source), **given)
-        return Deployment(spec, source, _tier(request.tier, before), _keep_alive(request.keep_alive, before))
+        spec = replace(spec, nbytes=nbytes, **given)
+        return Deployment(spec, source, _tier(request.tier, before), _keep_alive(request.keep_alive, before), base)
     except (SpecError, OverflowError) as error:
         raise invalid(str(error)) from None
 
@@ -186,12 +192,16 @@ def confined(given: str, roots: Sequence[str], *, allow_remote: bool) -> str:
         if not allow_remote:
             raise invalid("source is an address, and this server was started without --allow-remote; give a folder", "source")
         return given
+    return _below(given, roots, "source")
+
+
+def _below(given: str, roots: Sequence[str], field: str) -> str:
     if given.isprintable() and ".." not in given.split("/") and len(os.fsencode(given)) < 4096:
         for root in map(os.path.realpath, roots):
             found = os.path.realpath(os.path.join(root, given))
             if found.startswith(os.path.join(root, "")) and os.path.isdir(found):
                 return found
-    raise invalid(f"source {given!a:.120} is no folder below those that models may come from; they are named by --models-root when the server is started", "source")
+    raise invalid(f"{field} {given!a:.120} is no folder below those that models may come from; they are named by --models-root when the server is started", field)
 
 
 def status_of(cluster: Cluster) -> Status:
@@ -221,6 +231,30 @@ def check_room(deployment: Deployment, nodes: Sequence[NodeReport]) -> None:
     budgets = [node.store.dram_budget_nbytes if tier is Tier.DRAM else node.store.disk_budget_nbytes for node in nodes if node.store is not None]
     if budgets and max(budgets) < nbytes:
         raise ApiError(507, "out_of_space", f"the weights have {nbytes:,} bytes, and no node's store has more than {max(budgets):,} in {tier.name.lower()}", param="tier")
+
+
+def _weights(request: DeployRequest, before: Deployment | None, known: Mapping[str, Deployment], options: ServeOptions) -> tuple[str, str, int]:
+    """Where a model's weights come from, its base or "", and how many bytes they are, those of the base included."""
+    named = request.base is not None or request.adapter is not None
+    if request.source is not None and named:
+        raise invalid("a model has a source, or a base and an adapter; give one of the two", "source")
+    if named or (before is not None and before.base and request.source is None):
+        return _adapted(request, before, known, options)
+    if request.source is None and before is None:
+        raise invalid("source is missing; a model that is not deployed yet needs one", "source")
+    source = confined(request.source, options.model_roots, allow_remote=options.allow_remote) if request.source is not None else before.source  # type: ignore[union-attr]
+    return source, "", _nbytes(source)
+
+
+def _adapted(request: DeployRequest, before: Deployment | None, known: Mapping[str, Deployment], options: ServeOptions) -> tuple[str, str, int]:
+    old = before if before is not None and before.base else None
+    name = request.base or (old.base if old is not None else "")
+    if not name or (request.adapter is None and old is None):
+        raise invalid("an adapter that is not deployed yet needs a base, the name of a deployed model, and an adapter, a folder", "adapter" if name else "base")
+    if name not in known:
+        raise invalid(f"there is no model {name!a:.80} that could be the base; deploy that first", "base")
+    source = _below(request.adapter, options.model_roots, "adapter") if request.adapter is not None else old.source  # type: ignore[union-attr]
+    return source, name, known[name].spec.nbytes + open_adapter(source).nbytes
 
 
 def _nbytes(source: str) -> int:
@@ -260,7 +294,7 @@ def _model(deployment: Deployment, nodes: Sequence[NodeReport]) -> ModelStatus:
     spec, name = deployment.spec, deployment.spec.name
     warmths = [each.warmth for node in nodes for each in node.instances if each.model == name]
     return ModelStatus(
-        name=name, source=redacted(deployment.source), nbytes=spec.nbytes, devices=spec.devices, concurrency=spec.concurrency, min_instances=spec.min_instances,
+        name=name, source=redacted(deployment.source), base=deployment.base or None, nbytes=spec.nbytes, devices=spec.devices, concurrency=spec.concurrency, min_instances=spec.min_instances,
         max_instances=spec.max_instances, tier=None if deployment.tier is None else _place(deployment.tier), keep_alive=deployment.keep_alive,
         state=_warmth(max(warmths, default=Warmth.COLD)), instances=len(warmths),
         cached={node.name: _place(node.cached[name]) for node in nodes if node.alive and name in node.cached},

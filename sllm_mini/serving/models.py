@@ -25,8 +25,10 @@ class Model(Wire):
     created: int
     """When this server began."""
     owned_by: str = "sllm-mini"
+    parent: str | None
+    """The model that it is an adapter of."""
     nbytes: int
-    """Of its weights."""
+    """Of its weights, with those that it shares with its parent."""
     embeddings: str | None
     """How /v1/embeddings makes them; null where it does not."""
 
@@ -83,4 +85,4 @@ async def metrics(http: Request) -> Response:
 
 
 def _model(deployment: Deployment, state: State) -> Model:
-    return Model(id=deployment.spec.name, created=state.created, nbytes=deployment.spec.nbytes, embeddings=HOW if state.cluster.embeds else None)
+    return Model(id=deployment.spec.name, created=state.created, parent=deployment.base or None, nbytes=deployment.spec.nbytes, embeddings=HOW if state.cluster.embeds else None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sllm_mini.cluster.api import Cluster, Deployment
+from sllm_mini.cluster.bases import text_source
 from sllm_mini.errors import ModelError
 from sllm_mini.inference.text import detokenize, load_tokenizer, tokenize
 from sllm_mini.serving.errors import ApiError, unknown_model
@@ -68,10 +69,11 @@ class Texts:
         """The first time it reads the folder, or what lies beside the weights at an address, and imports transformers. Raises ApiError(404),
         ModelError for files that make no tokenizer, and what opening a remote checkpoint raises."""
         deployment = self._deployment(name)
+        source = text_source(deployment, {each.spec.name: each for each in self._cluster.models()})
         with self._lock:
             known = self._known.get(name)
             if known is None or known.deployment is not deployment:
-                known = self._known[name] = _read(deployment)
+                known = self._known[name] = _read(deployment, source)
         return known
 
     def _deployment(self, name: str) -> Deployment:
@@ -82,12 +84,12 @@ class Texts:
         return found
 
 
-def _read(deployment: Deployment) -> ModelText:
-    if "://" not in deployment.source:
-        return _read_folder(deployment, Path(deployment.source))
+def _read(deployment: Deployment, source: str) -> ModelText:
+    if "://" not in source:
+        return _read_folder(deployment, Path(source))
     with tempfile.TemporaryDirectory(prefix="sllm-mini-") as made:
         folder = Path(made, "checkpoint")
-        open_remote(deployment.source, folder).close()  # what lies beside the weights
+        open_remote(source, folder).close()  # what lies beside the weights
         return _read_folder(deployment, folder)
 
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from sllm_mini.checkpoint.index import Index
 from sllm_mini.device import get_device
 from sllm_mini.device.base import Device
 from sllm_mini.errors import NoRoomError, StoreError
@@ -127,6 +128,10 @@ class Store:
         """What names a model's weights in every session of it: the digest of its index. Raises StoreError."""
         return self._holdings.entry(name).version.checkpoint.digest
 
+    def index(self, name: str) -> Index:
+        """Of the model's checkpoint. Raises StoreError."""
+        return self._holdings.entry(name).version.checkpoint.index
+
     def _describe(self, entry: Entry) -> messages.Model:
         found = self._sources.on_disk(entry.version)
         if found is None:
@@ -193,11 +198,11 @@ class Store:
 
     def blocks(self, name: str, block_nbytes: int) -> int:
         """How many of such blocks `receive` takes a model in. Raises StoreError, ValueError for blocks of less than 2 MiB."""
-        return len(cut_blocks(self._holdings.entry(name).version.checkpoint.index, block_nbytes))
+        return len(cut_blocks(self.index(name), block_nbytes))
 
     def layer_blocks(self, name: str, block_nbytes: int) -> list[frozenset[int]]:
         """Which of those blocks each layer needs (see `blocks_of_layers`). Raises as `blocks` does."""
-        return blocks_of_layers(self._holdings.entry(name).version.checkpoint.index, block_nbytes)
+        return blocks_of_layers(self.index(name), block_nbytes)
 
     def pin(self, name: str, place: str, pinned: bool = True) -> None:
         """Keeps a model from being evicted from a place, or no longer; brings nothing there. Raises StoreError."""

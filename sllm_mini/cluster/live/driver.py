@@ -20,6 +20,7 @@ from typing import Literal, Self
 
 from sllm_mini.cluster.accounting import Accountant
 from sllm_mini.cluster.api import Ask, Cluster, Deployment, Metrics, NodeReport, RefusedError, keep_alive_seconds
+from sllm_mini.cluster.bases import text_source
 from sllm_mini.cluster.journal import Journal, Past, read_journal, repair
 from sllm_mini.cluster.live.adding import Adder, Handles
 from sllm_mini.cluster.live.carry import Carry
@@ -156,9 +157,9 @@ class LiveCluster:
             raise UnsupportedError("the engines of this cluster have no hidden states to make embeddings of; ask for a text")
         if self._journal.lost:
             raise RefusedError(503, self._journal.error)
-        found, keep_alive = self._deployed(ask.model), keep_alive_seconds(ask.keep_alive)
+        (deployment, digest), keep_alive = self._deployed(ask.model), keep_alive_seconds(ask.keep_alive)
         self._router.check_room()
-        session = self._prompts.session(ask, *found)
+        session = self._prompts.session(ask, text_source(deployment, self._members.deployments), digest)
         events: list[m.AnyEvent] = [self._router.open(session, ask.model, ask.prefix)]
         if keep_alive is not None:
             events.append(m.KeepAliveAsked(ask.model, keep_alive))
@@ -203,7 +204,7 @@ class LiveCluster:
         return not self.options.node.engine
 
     def models(self) -> list[Deployment]:
-        return [deployment for deployment, _ in list(self._members.deployed.values())]
+        return [*self._members.deployments.values()]
 
     def wait(self, until: Callable[[Cluster], bool], timeout: float) -> bool:
         """Looks whenever something has happened, and twenty times a second."""

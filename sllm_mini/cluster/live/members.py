@@ -6,6 +6,7 @@ waited for by whoever asked, through a `Future`; the driver never waits.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Container
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -14,11 +15,12 @@ from msgspec import structs
 
 import sllm_mini.errors as errors
 from sllm_mini.cluster.api import Deployment, StoreReport, keep_alive_seconds
+from sllm_mini.cluster.bases import check_deploy, check_no_adapters
 from sllm_mini.cluster.live.carry import Carry, NodeHandle
 from sllm_mini.cluster.live.reviving import Reviver
 from sllm_mini.cluster.nodes import messages as node
 from sllm_mini.control import messages as m
-from sllm_mini.errors import SllmError, WriteError
+from sllm_mini.errors import InUseError, SllmError, WriteError
 from sllm_mini.types import Tier
 
 
@@ -41,6 +43,7 @@ class Deploying:
     deployment: Deployment
     done: Future[None]
     missing: set[str]
+    number: int
     digest: str = ""
     cached: list[m.AnyEvent] = field(default_factory=list)
 
@@ -63,6 +66,7 @@ class Members:
         """Whoever waits for these may go on once the controller knows: the driver sees to it."""
         self._joining: dict[str, Joining] = {}
         self._deploying: dict[str, Deploying] = {}
+        self._numbers = itertools.count(1)
         self._starting: set[str] = set()
         """Nodes that somebody is making."""
         self.reviver: Reviver
@@ -96,19 +100,26 @@ class Members:
         self._joining[spec.name] = Joining(handle, spec, done)
         return []
 
+    @property
+    def deployments(self) -> dict[str, Deployment]:
+        """What is deployed, by name; a base comes before its adapters. From any thread."""
+        return {name: deployment for name, (deployment, _) in list(self.deployed.items())}
+
     def deploy(self, deployment: Deployment, done: Future[None]) -> list[m.AnyEvent]:
-        """`done` once the controller and every node knows it. Raises SllmError where no node is there to know it."""
+        """`done` once the controller and every node knows it. Raises SllmError where no node is there to know it, and as `check_deploy` does."""
         name = deployment.spec.name
+        check_deploy(deployment, self.deployments)
         if name in self._deploying:
             raise SllmError(f"the model {name} is being deployed already; wait for that")
         if not self._carry.handles:
             raise SllmError(f"there is no node that could know the model {name}; add one first")
         self._deleted.discard(name)
-        self._deploying[name] = Deploying(deployment, done, set(self._carry.handles))
+        number = next(self._numbers)
+        self._deploying[name] = Deploying(deployment, done, set(self._carry.handles), number)
         late = [each for each in self._joining.values() if each.missing is not None]
         for each in late:
             each.missing.add(name)  # type: ignore[union-attr]
-        self._register(deployment)
+        self._register(deployment, number)
         return []
 
     def give_up(self, deployment: Deployment) -> bool:
@@ -120,6 +131,8 @@ class Members:
         return True
 
     def delete(self, model: str) -> list[m.AnyEvent]:
+        """Raises InUseError while adapters of it are deployed, or on their way."""
+        check_no_adapters(model, [*self.deployments.values(), *(each.deployment for each in self._deploying.values())], "cannot be deleted")
         if self.deployed.pop(model, None) is None:
             return []
         self._deleted.add(model)
@@ -150,10 +163,11 @@ class Members:
             case node.Joined():
                 if joining is not None and joining.missing is None:
                     joining.missing = {*self.deployed, *self._deploying}
-                    for name in joining.missing:
-                        handle.give(_register(self.deployed[name][0] if name in self.deployed else self._deploying[name].deployment))
+                    new = (each.deployment for name, each in self._deploying.items() if name not in self.deployed)
+                    for deployment in (*self.deployments.values(), *new):  # bases come first
+                        handle.give(_register(deployment))
                     return self._look(joining)
-            case node.Registered(model=model, digest=digest, tier=tier):
+            case node.Registered(model=model, digest=digest, tier=tier, number=number):
                 cached: list[m.AnyEvent] = [] if tier is Tier.REMOTE else [m.Cached(handle.name, model, tier)]
                 if joining is not None and joining.missing is not None:
                     if model in self.deployed and not self.deployed[model][1]:  # as of a cluster that was resumed
@@ -164,7 +178,7 @@ class Members:
                     joining.cached += cached
                     return self._look(joining)
                 deploying = self._deploying.get(model)
-                if deploying is not None and handle.name in deploying.missing:
+                if deploying is not None and handle.name in deploying.missing and number in (0, deploying.number):
                     deploying.digest = deploying.digest or digest
                     if digest != deploying.digest:
                         return self._fail(deploying, SllmError(_other_weights(model, handle.name)))
@@ -173,7 +187,7 @@ class Members:
                     return self._finish(deploying)
             case node.Figures():
                 self.stores[handle.name] = StoreReport(**structs.asdict(answer))
-            case node.OrderFailed(model=model, kind=kind, message=message):
+            case node.OrderFailed(model=model, kind=kind, message=message, number=number):
                 error = _error(kind, f"{handle.name}: {message}")
                 deploying = self._deploying.get(model)
                 if joining is not None:
@@ -181,7 +195,7 @@ class Members:
                         return self.gone(handle, str(error))
                     joining.missing.discard(model)  # it is the model that cannot be, not the node
                     return [*self._fail(deploying, error), *self._look(joining)]
-                if deploying is not None and handle.name in deploying.missing:
+                if deploying is not None and handle.name in deploying.missing and number in (0, deploying.number):
                     return self._fail(deploying, error)
         return []
 
@@ -216,11 +230,11 @@ class Members:
         self._joining.clear()
         self._deploying.clear()
 
-    def _register(self, deployment: Deployment) -> None:
-        """Told to all that have joined, or have begun to ask for models."""
+    def _register(self, deployment: Deployment, number: int) -> None:
+        """Told to all that have joined, or have begun to ask for models. The answers have that number, or 0 where nobody knows."""
         late = [each.handle for each in self._joining.values() if each.missing is not None]
         for handle in (*self._carry.handles.values(), *late):
-            handle.give(_register(deployment))
+            handle.give(_register(deployment, number))
 
     def _look(self, joining: Joining) -> list[m.AnyEvent]:
         if joining.missing:
@@ -241,9 +255,13 @@ class Members:
         deployment, name = deploying.deployment, deploying.deployment.spec.name
         if not deploying.digest:
             return self._fail(deploying, SllmError(f"every node went while {name} was being deployed; add one and deploy it again"))
-        before = self.deployed[name][0] if name in self.deployed else None
+        before, digest = self.deployed.get(name, (None, ""))
         try:
+            if digest not in ("", deploying.digest):
+                check_no_adapters(name, self.deployments.values(), "cannot get other weights")
             self._keep([each for each, _ in ({**self.deployed, name: (deployment, "")}).values()])
+        except InUseError as error:
+            return self._fail(deploying, error)
         except WriteError as error:
             return self._fail(deploying, WriteError(f"{name} was not deployed, since a cluster that is resumed would not know it: {error}"))
         del self._deploying[name]
@@ -261,7 +279,7 @@ class Members:
         name = deploying.deployment.spec.name
         del self._deploying[name]
         if name in self.deployed:
-            self._register(self.deployed[name][0])
+            self._register(self.deployed[name][0], next(self._numbers))
         else:
             self._deleted.add(name)
 
@@ -273,8 +291,8 @@ def of_deployment(deployment: Deployment, before: Deployment | None = None) -> l
     return [m.ModelDeployed(deployment.spec), *asked]
 
 
-def _register(deployment: Deployment) -> node.Register:
-    return node.Register(deployment.spec.name, deployment.source, deployment.tier)
+def _register(deployment: Deployment, number: int = 0) -> node.Register:
+    return node.Register(deployment.spec.name, deployment.source, deployment.tier, deployment.base, number)
 
 
 def _error(kind: str, message: str) -> SllmError:

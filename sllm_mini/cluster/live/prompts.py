@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from sllm_mini.cluster.api import Ask, Deployment
+from sllm_mini.cluster.api import Ask
 from sllm_mini.errors import ModelError
 from sllm_mini.inference.session import Session, request_problem
 from sllm_mini.inference.text import load_tokenizer, tokenize
@@ -26,14 +26,14 @@ class Prompts:
         self._lock = threading.Lock()
         self._tokenizers: dict[str, Any] = {}
 
-    def session(self, ask: Ask, deployment: Deployment, digest: str) -> Session:
-        """`digest` names the weights. Raises ValueError for a request that cannot be, ModelError for a prompt that cannot be
+    def session(self, ask: Ask, source: str, digest: str) -> Session:
+        """`source` has the tokenizer; `digest` names the weights. Raises ValueError for a request that cannot be, ModelError for a prompt that cannot be
         read. What the model's context cannot hold its worker says."""
         request_id = uuid.uuid4().hex if ask.request_id is None else ask.request_id
         problem = request_problem(request_id, ask.max_new_tokens, ask.sampling, ask.stop, ask.stop_at_eos, ask.logprobs, ask.embed)
         if problem:
             raise ValueError(problem)
-        ids = self._encode(ask, deployment)
+        ids = self._encode(ask, source)
         if not ids:
             raise ModelError("the prompt is empty; give at least one token")
         return Session(request_id, digest, tuple(ids), len(ids), ask.max_new_tokens, ask.sampling, ask.stop, ask.stop_at_eos, logprobs=ask.logprobs, embed=ask.embed)
@@ -44,7 +44,7 @@ class Prompts:
         with self._lock:
             self._tokenizers = {source: tokenizer for source, tokenizer in self._tokenizers.items() if source in kept}
 
-    def _encode(self, ask: Ask, deployment: Deployment) -> list[int]:
+    def _encode(self, ask: Ask, source: str) -> list[int]:
         if isinstance(ask.prompt, bytes | bytearray | memoryview):
             raise ModelError("a prompt is a text or a sequence of token ids; these are bytes: decode them to a text first")
         if not isinstance(ask.prompt, str):
@@ -53,13 +53,13 @@ class Prompts:
             except TypeError as error:
                 raise ModelError(f"a prompt is a text or a sequence of token ids; this one is not ({error})") from error
         with self._lock:
-            if deployment.source in self._tokenizers:
-                tokenizer = self._tokenizers.pop(deployment.source)
+            if source in self._tokenizers:
+                tokenizer = self._tokenizers.pop(source)
             else:
-                tokenizer = None if "://" in deployment.source else load_tokenizer(deployment.source)
-            self._tokenizers[deployment.source] = tokenizer  # the last: asked latest
+                tokenizer = None if "://" in source else load_tokenizer(source)
+            self._tokenizers[source] = tokenizer  # the last: asked latest
             if len(self._tokenizers) > _MOST_TOKENIZERS:
                 del self._tokenizers[next(iter(self._tokenizers))]
         if tokenizer is None:
-            raise ModelError(f"{deployment.source} has no tokenizer that can be read here; give the prompt as token ids")
+            raise ModelError(f"{source} has no tokenizer that can be read here; give the prompt as token ids")
         return tokenize(tokenizer, ask.prompt)

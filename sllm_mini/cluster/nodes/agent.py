@@ -18,8 +18,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Literal
 
+from msgspec import structs
+
 from sllm_mini.cluster.live.options import NodeOptions
 from sllm_mini.cluster.nodes import messages as node
+from sllm_mini.cluster.nodes.adapted import AdaptedModels
 from sllm_mini.cluster.nodes.devices import Devices
 from sllm_mini.cluster.nodes.fetching import Fetching
 from sllm_mini.cluster.nodes.lanes import Lane
@@ -92,7 +95,9 @@ class NodeAgent:
             self._registering.put("look")
         elif isinstance(order, node.Register | node.Forget):
             self._registering.put(order)
-        elif isinstance(order, node.Fetch | node.Pipeline):
+        elif isinstance(order, node.Fetch):
+            self.fetching.give(structs.replace(order, model=self.adapted.stored(order.model)))
+        elif isinstance(order, node.Pipeline):
             self.fetching.give(order)
         else:
             with self._lock:
@@ -130,7 +135,8 @@ class NodeAgent:
 
     def tier(self, model: str) -> Tier:
         """The fastest that has all of the model here. Raises StoreError for one that is not registered."""
-        found = next((each for each in self.store.models() if each.name == model), None)
+        stored = self.adapted.stored(model)
+        found = next((each for each in self.store.models() if each.name == stored), None)
         if found is None:
             raise StoreError(f"no model is registered as {model!r} on {self.name}; deploy it first")
         whole = [TIERS.get(place.place, Tier.DEVICE) for place in found.places if not place.loading and place.nbytes >= found.nbytes]
@@ -148,6 +154,7 @@ class NodeAgent:
         """Its parts that others hear of; `made` is what is to be given back where one cannot be made."""
         self.store = self._open_store()
         made.callback(self.store.close)
+        self.adapted = AdaptedModels(self.store)
         for left in self.folder.glob("moves-*"):  # by workers that were killed
             left.unlink()
         self._server = StoreServer(self.store, self.folder / "store.sock")
@@ -195,19 +202,33 @@ class NodeAgent:
     def _register(self, order: node.Register) -> None:
         before = self._kept.get(order.model, "")
         try:
+            if order.base:
+                self._register_adapter(order)
+                return
             self._keep(order.model, "")
             self.store.register(order.model, order.source)
+            self.adapted.forget(order.model)
             self._keep(order.model, _PLACES.get(order.keep, ""))
             tier = self.tier(order.model)
             if tier is Tier.DISK or "://" not in order.source:
                 self._on_disk.add(order.model)
             layers = tuple(tuple(sorted(blocks)) for blocks in self.store.layer_blocks(order.model, self.options.block_nbytes))
-            self.answer(node.Registered(order.model, self.store.digest(order.model), tier, self.store.blocks(order.model, self.options.block_nbytes), layers))
+            self.answer(node.Registered(order.model, self.store.digest(order.model), tier, self.store.blocks(order.model, self.options.block_nbytes), layers, order.number))
             if "://" not in order.source:
                 self.launcher.prepare(order.source)  # last: whoever deploys does not wait for it
         except Exception as error:  # noqa: BLE001 - without an answer whoever deploys would wait, and so would all that come after
             self._keep(order.model, before)
-            self.answer(node.OrderFailed(order.model, type(error).__name__, str(error)[:8000]))
+            self.answer(node.OrderFailed(order.model, type(error).__name__, str(error)[:8000], order.number))
+
+    def _register_adapter(self, order: node.Register) -> None:
+        """It is where its base is. Its layers are not told: what serves layers of the base in a pipeline applies no adapter."""
+        if any(each.name == order.model for each in self.store.models()):
+            self.store.forget(order.model)  # of a model that was deleted
+        with self._lock:
+            in_use = any(lane.model == order.model for lane in self._lanes.values())
+        self.adapted.register(order, in_use=in_use)
+        tier, blocks = self.tier(order.model), self.store.blocks(order.base, self.options.block_nbytes)
+        self.answer(node.Registered(order.model, self.adapted.digest(order.model), tier, blocks, number=order.number))
 
     def _keep(self, model: str, place: str) -> str:
         """Pins it there and nowhere else, "" for nowhere, and brings it there soon; where it was kept until now."""
@@ -231,6 +252,9 @@ class NodeAgent:
 
     def _dropped(self, model: str) -> bool:
         """Whether the store has nothing of it (any more). While something of it is lent, it has."""
+        self.adapted.forget(model)
+        if self.adapted.of(model):
+            return False  # those that are deleted too and still run
         if any(each.name == model for each in self.store.models()):
             self._keep(model, "")
             try:
@@ -241,12 +265,14 @@ class NodeAgent:
 
     def _happened(self, happened: stored.Happened) -> None:
         if happened.what in ("loaded", "evicted") and happened.place in TIERS:
-            there = happened.what == "loaded"
-            self.answer(node.Stored(happened.name, TIERS[happened.place], there))
+            there, names = happened.what == "loaded", (happened.name, *self.adapted.of(happened.name))
+            for name in names:
+                self.answer(node.Stored(name, TIERS[happened.place], there))
             if happened.place == "disk":
                 (self._on_disk.add if there else self._on_disk.discard)(happened.name)
             elif not there and happened.name not in self._on_disk:
-                self.answer(node.Stored(happened.name, Tier.DISK, False))  # who hears that memory lost it takes it to be on the disk
+                for name in names:
+                    self.answer(node.Stored(name, Tier.DISK, False))  # who hears that memory lost it takes it to be on the disk
             self._registering.put("look")  # not here: the store's lock is held
 
     def _figures(self) -> node.Figures:

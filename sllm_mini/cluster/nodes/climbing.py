@@ -178,8 +178,9 @@ class Climber:
                 self._node = Node(StoreClient(order.store) if self._store is None else self._store, node_id=self.name)
             instance = self._node.hold(order.model)
             try:
-                if order.digest and instance.digest != order.digest:
-                    raise ModelError(f"the store holds other weights of {order.model} than were registered ({instance.digest[:12]}, not {order.digest[:12]}); register it again")
+                expected = order.digest if order.adapter is None else order.adapter.base
+                if expected and instance.digest != expected:
+                    raise ModelError(f"the store holds other weights of {order.model} than were registered ({instance.digest[:12]}, not {expected[:12]}); register it again")
                 if not order.overlap:
                     instance.wait()
             except BaseException:
@@ -204,7 +205,7 @@ class Climber:
         try:
             last = None if instance is None else order.last
             staged = None if last is None or instance is None else self._pipeline.join(instance, last, order.max_batch)
-            engine: Engine = self._make(order) if self._make is not None else staged or self._held(order).make_ready(max_batch=order.max_batch)
+            engine: Engine = self._make(order) if self._make is not None else staged or self._ready(order)
             if order.warm_up and instance is not None:
                 engine.complete([0], max_new_tokens=2, stop_at_eos=False)
             self._service = EngineService(
@@ -218,6 +219,13 @@ class Climber:
             if instance is not None:
                 instance.fall(Warmth.DEVICE)
             raise
+
+    def _ready(self, order: ClimbRung) -> Engine:
+        """The engine of the model that is held, with the order's adapter. Raises ModelError where its folder has another one by now."""
+        held = self._held(order)
+        if order.adapter is None:
+            return held.make_ready(max_batch=order.max_batch)
+        return held.make_ready(max_batch=order.max_batch, adapter=order.adapter.folder, digest=order.digest)
 
     def _end_service(self) -> None:
         service, self._service = self._service, None

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from sllm_mini.cluster.live.options import NodeOptions
 from sllm_mini.cluster.nodes import messages as node
+from sllm_mini.cluster.nodes.adapted import AdaptedModels
 from sllm_mini.cluster.nodes.devices import Devices
 from sllm_mini.cluster.nodes.fetching import Fetching
 from sllm_mini.cluster.nodes.loads import Load
@@ -40,6 +41,7 @@ class Home(Protocol):
     memory: RungMemory
     loads: Turns
     fetching: Fetching
+    adapted: AdaptedModels
     join: node.Join | None
 
     @property
@@ -61,6 +63,8 @@ class Lane:
         self.instance = instance
         self.orders: queue.SimpleQueue[tuple[node.NodeOrder, bytes] | None] = queue.SimpleQueue()
         self.ended = False
+        self.model = ""
+        """Whose weights it has, or is about to."""
         self._agent = agent
         self._epoch = -1
         self._launches = 0
@@ -125,6 +129,7 @@ class Lane:
 
     def _climb(self, order: node.Climb) -> None:
         agent, rungs = self._agent, list[Rung]()
+        self.model = order.model if order.target >= Warmth.DRAM else ""
         agent.devices.take(self.instance, order.devices)
         if self._worker is None:
             if order.warmth > Warmth.COLD:
@@ -200,8 +205,8 @@ class Lane:
         measure = agent.memory.due(order.model, warmth, last=warmth == order.target)
         climbed = worker.climb(
             ClimbRung(
-                warmth, order.model, agent.store_address, device=f"cuda:{order.devices[0]}" if options.cuda and order.devices else "cpu",
-                digest=agent.store.digest(order.model), owner=node.owner_name(join.run, agent.name, agent.incarnation, self.instance, order.epoch),
+                warmth, agent.adapted.stored(order.model), agent.store_address, device=f"cuda:{order.devices[0]}" if options.cuda and order.devices else "cpu",
+                digest=agent.adapted.digest(order.model), adapter=agent.adapted.adapter(order.model), owner=node.owner_name(join.run, agent.name, agent.incarnation, self.instance, order.epoch),
                 address=agent.address(f"moves-{self.instance}.{order.epoch}"), key=agent.key, arbiter=join.arbiter, threads=options.threads, max_batch=order.max_batch, pace_seconds=options.pace_seconds, interval_seconds=options.stream_interval_seconds,
                 overlap=overlap, last=last, measure=measure,
             )
@@ -238,6 +243,7 @@ class Lane:
             with self._lock:
                 self._worker = None
         if warmth < Warmth.DRAM:
+            self.model = ""
             self._end_lease()
         if warmth < Warmth.DEVICE:
             self._agent.devices.free(self.instance)

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Protocol
 
 from sllm_mini.cluster.nodes import messages as node
+from sllm_mini.cluster.nodes.adapted import AdaptedModels
 from sllm_mini.cluster.nodes.fetching import Fetching
 from sllm_mini.errors import SllmError
 from sllm_mini.inference.turns import Turns
@@ -28,6 +29,7 @@ class LoadHome(Protocol):
     store: Store
     loads: Turns
     fetching: Fetching
+    adapted: AdaptedModels
 
     @property
     def ended(self) -> bool: ...
@@ -97,7 +99,7 @@ class Load:
     def _arrived(self) -> Lease | None:
         """Lent, and every byte there. What others were to bring and did not is asked for once more, which reads the source."""
         while True:
-            lease = self._home.store.lend(self._order.model, DRAM)
+            lease = self._home.store.lend(self._home.adapted.stored(self._order.model), DRAM)
             if not isinstance(lease, Lease):
                 self.tier = Tier.REMOTE if "://" in lease.source else Tier.DISK
                 return None

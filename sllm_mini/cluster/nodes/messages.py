@@ -39,11 +39,14 @@ class Join(Message, frozen=True):
 
 class Register(Message, frozen=True):
     """The store is to know `model` at `source`, and from then on to keep it in `keep` alone whatever is evicted: it is brought there, where the
-    store has such a place. Answered by `Registered`, before that, or `OrderFailed`."""
+    store has such a place. With a `base`, which was registered before, `source` is the folder of an adapter of that, and the store has its
+    base's weights for it. Answered by `Registered`, before that, or `OrderFailed`, with the same `number`: what is given up is answered too."""
 
     model: Name
     source: Annotated[str, Meta(min_length=1, max_length=4096)]
     keep: Tier | None = None
+    base: Annotated[str, Meta(max_length=1024)] = ""
+    number: Count = 0
 
 
 class Climb(Message, frozen=True):
@@ -161,6 +164,7 @@ class Registered(Message, frozen=True):
     tier: Tier
     blocks: Count = 0
     layers: Annotated[tuple[tuple[Count, ...], ...], Meta(max_length=1 << 16)] = ()
+    number: Count = 0
 
 
 class Fetched(Message, frozen=True):
@@ -191,6 +195,7 @@ class OrderFailed(Message, frozen=True):
     model: Name
     kind: Annotated[str, Meta(max_length=200)]
     message: Text
+    number: Count = 0
 
 
 class Serves(Message, frozen=True):

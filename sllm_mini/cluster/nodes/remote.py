@@ -176,8 +176,8 @@ class RemoteNode:
 def _answer_to(order: node.NodeOrder | node.Leave, why: str) -> node.NodeAnswer | None:
     """What a node says to an order that it cannot carry out; None where it says nothing."""
     match order:
-        case node.Register(model=model):
-            return node.OrderFailed(model, WireError.__name__, why)
+        case node.Register(model=model, number=number):
+            return node.OrderFailed(model, WireError.__name__, why, number)
         case node.Fetch(plan=plan, model=model):
             return node.Fetched(plan, model, error=why)
         case node.Climb(instance=instance, epoch=epoch):

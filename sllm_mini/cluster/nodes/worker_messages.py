@@ -42,6 +42,13 @@ class Last(Message, frozen=True):
     addresses: Annotated[tuple[Address, ...], Meta(max_length=1024)]
 
 
+class Adapter(Message, frozen=True):
+    """A LoRA adapter in `folder` on the model of the store's whose digest is `base`."""
+
+    folder: Annotated[str, Meta(min_length=1, max_length=4096)]
+    base: Annotated[str, Meta(max_length=256)]
+
+
 class ClimbRung(Message, frozen=True):
     """Climb to the rung `warmth`, which is the next above where the worker stands. Each order says all that its rung needs, so
     that a worker may climb again for another owner. Answered by `Climbed`.
@@ -50,7 +57,8 @@ class ClimbRung(Message, frozen=True):
     are, or at once with `overlap`; DEVICE the same on `device` (on a CPU the bytes are there already); READY makes the engine
     and lets it serve as `owner`, which takes moves in at `address` and asks `arbiter` (register and ledger).
     With `last` the engine is that of a pipeline until the model is whole here, and its requests go on in this worker's own then.
-    Without `measure` the rung's memory is not counted and told as 0. `digest`, where given, must be the checkpoint's own; `key` is the process's for `tcp://` addresses. `number` is set by whoever
+    Without `measure` the rung's memory is not counted and told as 0. `digest`, where given, must be the checkpoint's own, or with an
+    `adapter`, which READY applies, be that of both; `key` is the process's for `tcp://` addresses. `number` is set by whoever
     sends it.
     """
 
@@ -71,6 +79,7 @@ class ClimbRung(Message, frozen=True):
     warm_up: bool = False
     measure: bool = True
     last: Last | None = None
+    adapter: Adapter | None = None
     key: Annotated[bytes, Meta(max_length=1024)] = b""
     number: Annotated[int, Meta(ge=0)] = 0
 

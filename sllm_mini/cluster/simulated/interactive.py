@@ -31,6 +31,7 @@ from sllm_mini.cluster.api import (
     RequestReport,
     keep_alive_seconds,
 )
+from sllm_mini.cluster.bases import check_deploy, check_no_adapters, text_source
 from sllm_mini.cluster.live.options import ControlOptions, LiveOptions
 from sllm_mini.cluster.live.prompts import Prompts
 from sllm_mini.cluster.reports import asked_warm, node_reports
@@ -79,6 +80,7 @@ class SimulatedDriver:
 
     def deploy(self, deployment: Deployment) -> None:
         with self._lock:
+            check_deploy(deployment, self._deployments)
             before = self._deployments[deployment.spec.name].keep_alive if deployment.spec.name in self._deployments else None
             self._deployments[deployment.spec.name] = deployment
             if not self._trace and all(isinstance(event, m.KeepAliveAsked) for _, event in self._events) and deployment.spec.name not in {spec.name for spec in self._first}:
@@ -91,6 +93,7 @@ class SimulatedDriver:
 
     def delete(self, model: str) -> None:
         with self._lock:
+            check_no_adapters(model, self._deployments.values(), "cannot be deleted")
             if self._deployments.pop(model, None) is not None:
                 self._happens(m.ModelDeleted(model))
 
@@ -113,7 +116,7 @@ class SimulatedDriver:
             waiting = self.metrics().waiting if len(self._trace) >= self._options.max_waiting else 0
             if waiting >= self._options.max_waiting:
                 raise RefusedError(503, f"{waiting} requests wait, and no more are taken; try again later", 1.0)
-            session = self._prompts.session(ask, deployment, "simulated")
+            session = self._prompts.session(ask, text_source(deployment, self._deployments), "simulated")
             if session.request_id in self._ids:
                 raise ValueError(f"request {session.request_id!r} is known already; give each request an id of its own")
             self._ids[session.request_id] = len(self._trace)
