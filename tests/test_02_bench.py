@@ -318,9 +318,8 @@ def faked(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, l
     """One run of two rounds with every fake."""
     folder = tmp_path_factory.mktemp("fakes")
     (folder / "bench_fakes.py").write_text(FAKES)
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     names = ("good", "wrong", "missing", "leaking", "crashing", "hanging", "refusing")
-    loaders = [Entry(name, "peer", f"bench_fakes:{name}", environment={"PYTHONPATH": path}) for name in names]
+    loaders = [Entry(name, "peer", f"bench_fakes:{name}") for name in names]
     loaders += [
         Entry("absent", "peer", "bench_fakes:good", package="no-such-package"),
         Entry("whole", "peer", "bench_fakes:good", whole_model=True),
@@ -330,7 +329,9 @@ def faked(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, l
     found = find_model(str(model), folder)
     states = ("warm",) if file_system_of(folder) in IN_MEMORY_FILE_SYSTEMS else ("cold", "warm")
     options = Options(rounds=2, states=states, limit_seconds=5)
-    run = measure_rounds(found, loaders, "good", folder, options, on_stage=stages.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        run = measure_rounds(found, loaders, "good", folder, options, on_stage=stages.append)
     assert not (folder / "odd-formats").exists()
     server = Path("/proc", (folder / "bench_fakes.py.pid").read_text(), "stat")
     assert not server.exists() or server.read_text().rpartition(")")[2].split()[0] == "Z", "it outlived the loader that crashed"

@@ -40,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One loader in one setting. `opener` is "module:function"; `environment` is set before its process starts;
+    """One loader in one setting. `opener` is "module:function"; `environment` is set before it is imported;
     `setting` says in words what differs from the default; `whole_model` where it needs a configuration, not only
     tensors; `cuda_only` says why it cannot load to a CPU, where that is so."""
 

@@ -191,11 +191,9 @@ class _Bench:
                 entries = [entry for entry in entries if entry.format != format]
         with ExitStack() as stack:
             workers: dict[str, Worker] = {}
-            starting = []
-            for entry in entries:  # all at once: they import while the first is opened
-                starting.append((entry, stack.enter_context(Worker(entry.environment, limit_seconds=self.limit_seconds))))
-            for entry, worker in starting:
+            for entry in entries:
                 self.stage(f"starting {entry.name}")
+                worker = stack.enter_context(Worker(entry.environment, limit_seconds=self.limit_seconds))
                 try:
                     self._start(worker, entry)
                     workers[entry.name] = worker

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
-import selectors
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from sllm_mini.cluster.zygote import Child, ForkOptions, Zygote, ZygoteGoneError
 from sllm_mini.errors import SllmError
-from sllm_mini.lab.children import last_line, signal_group
+from sllm_mini.lab.children import last_line
 
+_ENTRY = "sllm_mini.lab.bench.worker:main"
 _TAIL_NBYTES = 2000
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -31,34 +35,64 @@ class WorkerError(SllmError):
     """A loader's process crashed, hung or refused; the sentence says which."""
 
 
+class _Nursery:
+    """Where workers are forked: a process that has imported torch, made for the first of them and kept to the end of this one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._zygote: Zygote | None = None
+
+    def fork(self, options: ForkOptions) -> Child:
+        """A worker that looks for modules where this process does."""
+        with self._lock:
+            try:
+                return self._ready().fork(_ENTRY, sys.path, options=options)
+            except ZygoteGoneError:  # somebody killed it
+                self._end()
+                return self._ready().fork(_ENTRY, sys.path, options=options)
+
+    def _ready(self) -> Zygote:
+        if self._zygote is None:
+            self._zygote = Zygote(["torch", "sllm_mini.loading"], [_ENTRY])
+            atexit.register(self._end)
+        return self._zygote
+
+    def _end(self) -> None:
+        zygote, self._zygote = self._zygote, None
+        atexit.unregister(self._end)
+        if zygote is not None:
+            zygote.close()
+
+
+_NURSERY = _Nursery()
+
+
 class Worker:
-    """One worker process. Not safe from several threads. Use as a context manager: it leaves no process behind."""
+    """One worker process, which has torch imported from its first moment. Not safe from several threads. Use as a context manager: it
+    leaves no process behind. Raises ZygoteError where it cannot be forked."""
 
     def __init__(self, environment: Mapping[str, str] | None = None, *, limit_seconds: float = 600.0) -> None:
         self._limit = limit_seconds
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "sllm_mini.lab.bench.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=os.environ | _QUIET | dict(environment or {}),
-            start_new_session=True,  # so that what it starts can be ended with it
-        )
-        asking, answers = self._process.stdin, self._process.stdout
-        if asking is None or answers is None:
-            raise WorkerError("its process has no pipes")
-        self._asking, self._answers = asking, answers
+        self._socket, theirs = socket.socketpair()
         self._unread = b""
+        try:
+            with theirs:
+                told = os.environ | _QUIET | dict(environment or {})
+                self._process = _NURSERY.fork(ForkOptions(stdout=self._errors, stderr=self._errors, channel=theirs, environment=told))
+        except BaseException:
+            self._socket.close()
+            self._errors.close()
+            raise
 
     def ask(self, *, at_least_seconds: float = 0.0, **question: Any) -> dict[str, Any]:
         """Sends one question and returns its answer. Raises WorkerError for a refusal, and, after ending the process,
         for a crash or no answer within the limit (or `at_least_seconds`, where that is longer)."""
         try:
-            self._asking.write(json.dumps(question).encode() + b"\n")
-            self._asking.flush()
+            self._socket.settimeout(None)
+            self._socket.sendall(json.dumps(question).encode() + b"\n")
             answer = json.loads(self._line(max(self._limit, at_least_seconds)))
-        except (BrokenPipeError, EOFError):
+        except (ConnectionError, EOFError):
             raise WorkerError(self._crash()) from None
         if "error" in answer:
             raise WorkerError(" ".join(str(answer["error"]).split())[:500])
@@ -66,16 +100,16 @@ class Worker:
 
     def _line(self, limit_seconds: float) -> bytes:
         end = time.monotonic() + limit_seconds
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._answers, selectors.EVENT_READ)
-            while b"\n" not in self._unread:
-                if not selector.select(max(end - time.monotonic(), 0)):
-                    self.close()
-                    raise WorkerError(f"it gave no answer within {limit_seconds:g} seconds and was ended")
-                data = os.read(self._answers.fileno(), 1 << 16)
-                if not data:
-                    raise EOFError
-                self._unread += data
+        while b"\n" not in self._unread:
+            try:
+                self._socket.settimeout(max(end - time.monotonic(), 1e-3))
+                data = self._socket.recv(1 << 16)
+            except TimeoutError:
+                self.close()
+                raise WorkerError(f"it gave no answer within {limit_seconds:g} seconds and was ended") from None
+            if not data:
+                raise EOFError
+            self._unread += data
         line, _, self._unread = self._unread.partition(b"\n")
         return line
 
@@ -89,14 +123,14 @@ class Worker:
         return f"its process ended with {how}" + (f": {last[:300]}" if last else "")
 
     def close(self) -> None:
-        """Ends the process and whatever it started."""
-        signal_group(self._process, signal.SIGKILL)
-        self._process.wait()
-        for stream in (self._asking, self._answers, self._errors):
-            try:
-                stream.close()
-            except BrokenPipeError:
-                continue  # a question that nobody read
+        """Ends the process and whatever it started. Safe to call twice."""
+        if self._socket.fileno() < 0:
+            return
+        self._process.close()
+        with suppress(ProcessLookupError):  # what it started outlives a leader that crashed; a group that is gone is no error
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._socket.close()
+        self._errors.close()
 
     def __enter__(self) -> Worker:
         return self

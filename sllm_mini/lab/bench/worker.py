@@ -1,8 +1,7 @@
 """The process that one loader lives in: it is told what to do and answers, one line of JSON each way.
 
 It does everything that comes before a load once (imports, thread pools, the CUDA context and one load that is not
-timed), then loads as often as it is asked, and gives all memory back before it answers. Standard output carries the
-answers alone; what a library prints goes to standard error. Run as `python -m sllm_mini.lab.bench.worker`. Shown in
+timed), then loads as often as it is asked, and gives all memory back before it answers. Started by `process.Worker`. Shown in
 chapter 02.
 """
 
@@ -12,13 +11,14 @@ import ctypes
 import gc
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from sllm_mini.lab.bench.checksum import sum_tensors
 from sllm_mini.lab.bench.entry import Job, resolve
@@ -30,14 +30,12 @@ if TYPE_CHECKING:
     from sllm_mini.lab.bench.entry import Load
 
 
-def main() -> None:
-    """Answers until standard input ends."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # a library's print must not be taken for an answer
-    import torch  # noqa: F401 - now, beside the other workers that are starting
+def main(path: list[str], channel: socket.socket) -> None:
+    """Answers until the channel ends. `path` is where modules are looked for."""
+    sys.path[:] = path
     load: Load | None = None
     device, before = "cpu", 0
-    for line in sys.stdin:
+    for line in channel.makefile("r", encoding="utf-8"):
         asked = json.loads(line)
         try:
             if asked["do"] == "open":
@@ -45,25 +43,24 @@ def main() -> None:
                 device = job.device
                 load = _open(asked["opener"], job)
                 before = _resident_nbytes()
-                _answer(answers, {"ok": True})
+                _answer(channel, {"ok": True})
             elif asked["do"] == "load" and load is not None:
                 sample = _load(load, device)
-                _answer(answers, sample | {"kept_nbytes": max(_resident_nbytes() - before, 0)})
+                _answer(channel, sample | {"kept_nbytes": max(_resident_nbytes() - before, 0)})
             elif asked["do"] == "use":
-                _answer(answers, _use(_job(asked)))
+                _answer(channel, _use(_job(asked)))
             elif asked["do"] == "call":
-                _answer(answers, {"value": resolve(asked["function"])(*asked["arguments"])})
+                _answer(channel, {"value": resolve(asked["function"])(*asked["arguments"])})
             else:
                 raise ValueError(f"nothing can be done for {asked['do']!r} now")
         except Exception as error:  # noqa: BLE001 - said to the bench, which lists the loader as skipped
-            _answer(answers, {"error": f"{type(error).__name__}: {error}"})
+            _answer(channel, {"error": f"{type(error).__name__}: {error}"})
         del asked
         gc.collect()
 
 
-def _answer(answers: TextIO, document: dict[str, Any]) -> None:
-    answers.write(json.dumps(document) + "\n")
-    answers.flush()
+def _answer(channel: socket.socket, document: dict[str, Any]) -> None:
+    channel.sendall(json.dumps(document).encode() + b"\n")
 
 
 def _job(asked: dict[str, Any]) -> Job:
@@ -146,7 +143,3 @@ def _free(device: str) -> None:
         import torch
 
         torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    main()
