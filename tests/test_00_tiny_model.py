@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
@@ -157,6 +157,7 @@ def test_chats_in_the_text_are_written_as_the_chat_template_writes_them(scripts:
 @given(text=st.text(max_size=80))
 def test_any_text_survives_the_tokenizer(text: str) -> None:
     tokenizer = _cached_tokenizer()
+    assume(not any(token in text for token in tokenizer.all_special_tokens))  # the name of one is that token, wherever it stands
     ids = tokenizer(text)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids, skip_special_tokens=True) == text

@@ -158,7 +158,8 @@ def gain_text(document: Mapping[str, Any]) -> str:
     best = max(prompts, key=lambda prompt: float(prompt["serial_over_overlapped_median"]))
     lines.append(f"the largest gain: {ratio_text(best, 'serial_over_overlapped')} with {best['tokens']} tokens")
     met = [str(prompt["tokens"]) for prompt in prompts if prompt["ratio_to_target_median"] <= 1]
-    lines.append(f"within {TARGET_FACTOR} x max(load, prefill) + one layer, by the median: {', '.join(met) or 'none'} of {', '.join(str(p['tokens']) for p in prompts)} tokens")
+    which = "all of them" if len(met) == len(prompts) else f"prompts of {', '.join(met)} tokens" if met else "none of them"
+    lines.append(f"within {TARGET_FACTOR} x max(load, prefill) + one layer, by the median: {which}")
     return "\n".join(lines)
 
 

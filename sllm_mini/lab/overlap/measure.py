@@ -1,7 +1,7 @@
 """`bench overlap` as one call: serial and overlapped first tokens, and load and prefill alone, in one interleaved run.
 
-Every start begins with the checkpoint out of the page cache and memory that the host has backed. In each round, and
-for each prompt, all four are measured once, in a shuffled order that a seed fixes; ratios are taken within a round.
+Every start begins with the checkpoint out of the page cache and memory that the host has backed. In each round
+the load is measured once, and for each prompt the three others, in a shuffled order that a seed fixes; ratios are taken within a round.
 Both ways must give the same first token. Costs the model's disk space where it has to be made, and one load per start.
 Call from one thread. Shown in chapter 04.
 """
@@ -148,17 +148,19 @@ class _Bench:
             if balanced > SHORT_TOKENS:  # else the prefill takes longer than the load, however short the prompt
                 wanted[balanced] = "prefill about as long as the load"
         shares = {count: self.record("serial", count).compute_seconds() for count in wanted}
-        found: dict[tuple[int, Mode], dict[int, Sample]] = {(count, mode): {} for count in wanted for mode in MODES}
+        found: dict[tuple[int, Mode], dict[int, Sample]] = {(count, mode): {} for count in wanted for mode in MODES if mode != "load"}
+        loads: dict[int, Sample] = {}
+        steps: list[tuple[int, Mode]] = [*found, (1, "load")]
         generator = random.Random(self.options.seed)
         for number in range(self.options.rounds):
-            for step, (count, mode) in enumerate(generator.sample(list(found), len(found)), 1):
-                self.say(f"round {number + 1} of {self.options.rounds}: {mode}, {count} tokens ({step} of {len(found)})")
-                found[count, mode][number] = self._sample(mode, count)
+            for step, (count, mode) in enumerate(generator.sample(steps, len(steps)), 1):
+                self.say(f"round {number + 1} of {self.options.rounds}: {mode}, {count} tokens ({step} of {len(steps)})")
+                (loads if mode == "load" else found[count, mode])[number] = self._sample(mode, count)
             for count in wanted:
                 tokens = {found[count, mode][number].token_id for mode in MODES if mode != "load"}
                 if len(tokens) > 1:
                     raise ModelError(f"{self.checkpoint.path}: the first token differs between the ways to run it ({tokens}); verify the checkpoint")
-        return [Series(count, why, shares[count], {mode: found[count, mode] for mode in MODES}) for count, why in wanted.items()]
+        return [Series(count, why, shares[count], {mode: loads if mode == "load" else found[count, mode] for mode in MODES}) for count, why in wanted.items()]
 
     def record(self, mode: Mode, count: int) -> Start:
         make_state(self.checkpoint, self.options.device)
