@@ -110,7 +110,7 @@ def test_prefills_lie_on_the_lines_between_those_measured() -> None:
     assert parts().prefill(15)[0] == pytest.approx(3.0) and parts().prefill(40)[0] == pytest.approx(8.0)
     assert parts().prefill(1)[0] == pytest.approx(1.0), "no less than half of the shortest"
     assert parts().balanced() == 50 and parts().balanced(most=30) == 30 and parts(load=0.1).balanced(least=24) == 24
-    assert prompt_lengths(parts()) == (8, 100, 50) and prompt_lengths(parts(load=0.1))[-1] == 24
+    assert prompt_lengths(parts()) == (8, 100, 50) and prompt_lengths(parts(load=0.1))[-1] == 8
     with pytest.raises(ValueError, match="two or more"):
         Parts(LAYERS, LAYER_SECONDS, Sample(1, 1, None), ((5, Sample(1, 1, 1)),), 2)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
-from sllm_mini.lab.style import INK, MUTED, PAPER, color_of, darker, use_style
+from sllm_mini.lab.style import INK, MUTED, PAPER, SHADE, color_of, darker, use_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,7 +133,7 @@ def draw_house(lit: Iterable[str] = (), ax: Axes | None = None, *, standing: Ite
         _, ax = pyplot.subplots(figsize=(7.2, 4.9), layout="constrained")
     left, right, top = 0.0, _WIDTH, len(FLOORS) * _STOREY
     roof = [(left - 0.12, top + 0.02), (left + 0.42, top + 0.42), (right - 0.42, top + 0.42), (right + 0.12, top + 0.02)]
-    ax.add_patch(Polygon(roof, closed=True, facecolor="#eceef1", edgecolor=MUTED, linewidth=1.2))
+    ax.add_patch(Polygon(roof, closed=True, facecolor=SHADE, edgecolor=MUTED, linewidth=1.2))
     ax.text((left + right) / 2, top + 0.22, "sllm_mini", ha="center", va="center", fontweight="bold", fontsize=11, color=INK)
     ax.plot([left - 0.25, right + 0.25], [-0.04, -0.04], color=MUTED, linewidth=2.0, solid_capstyle="round")
     for number, floor in enumerate(FLOORS):

@@ -33,6 +33,8 @@ PALETTE: Mapping[str, str] = MappingProxyType(
 INK = "#1f2328"
 MUTED = "#5b6472"
 GRID = "#e3e6ea"
+SHADE = "#eef0f3"
+"""Behind what is drawn."""
 PAPER = "#ffffff"
 RECORDED_HATCH = "...."
 WAIT_HATCH = "////"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sllm_mini.errors import ResourceError
-from sllm_mini.lab.style import INK, MUTED, color_of, darker, ink_on, use_style
+from sllm_mini.lab.style import INK, MUTED, SHADE, color_of, darker, ink_on, use_style
 from sllm_mini.lab.table import Table
 from sllm_mini.resources import resource
 from sllm_mini.types import Warmth
@@ -204,7 +204,7 @@ def plot_survey(rows: Sequence[SurveyRow], ax: Axes | None = None) -> Axes:
         _, ax = pyplot.subplots(figsize=(7.2, 0.19 * len(rows) + 0.7), layout="constrained")
     for y, row in enumerate(ordered):
         if y % 2:
-            ax.axhspan(y - 0.5, y + 0.5, color="#f4f5f7", linewidth=0, zorder=0)
+            ax.axhspan(y - 0.5, y + 0.5, color=SHADE, linewidth=0, zorder=0)
         ax.plot([row.rungs[0], row.rungs[-1]], [y, y], color=MUTED, linewidth=1.0, zorder=1)
         for rung in row.rungs:
             fill = color_of(rung)

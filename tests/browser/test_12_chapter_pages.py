@@ -241,6 +241,12 @@ def test_restart_and_run_all_shows_no_error(run_chapter: Chapter, capsys: pytest
     ncode = sum(cell["cell_type"] == "code" and bool("".join(cell["source"]).strip()) for cell in chapter.cells())
     wait_until("a kernel", START_SECONDS, lambda: [kernel["execution_state"] for kernel in lab.kernels()] == ["idle"])
     choose(page, "Edit", "Clear Outputs of All Cells")  # what is seen later is of this run
+
+    def cleared() -> bool:
+        page.keyboard.press("Control+s")
+        return outputs(chapter.cells()) == [] and not any(cell.get("execution_count") for cell in chapter.cells())
+
+    wait_until("the file without outputs", START_SECONDS, cleared, every=0.5)
     started = time.monotonic()
     choose(page, "Kernel", "Restart Kernel and Run All Cells")
     page.locator(".jp-Dialog button.jp-mod-accept").click()
@@ -277,7 +283,7 @@ class Control:
     @property
     def label(self) -> str:
         kind = ".widget-label" if self.at.locator("input[type=checkbox]").count() == 0 else "label"
-        labels = [text.strip() for text in self.at.locator(kind).all_inner_texts()]
+        labels = [text.strip() for text in self.at.locator(kind).all_text_contents()]
         return next((text for text in labels if text), "")
 
     def moves(self) -> list[Callable[[], Any]]:

@@ -123,7 +123,7 @@ def _middle(samples: Sequence[Sample]) -> Sample:
     return sorted(samples, key=lambda sample: sample.seconds)[len(samples) // 2]
 
 
-def prompt_lengths(parts: Parts, *, least: int = 24, most: int = 96) -> tuple[int, ...]:
+def prompt_lengths(parts: Parts, *, least: int = 8, most: int = 96) -> tuple[int, ...]:
     """Three prompts, load-bound, compute-bound and the balanced one last; it is kept within `least` and `most`, so
     that a machine on which one side never wins still measures both directions."""
     middle = parts.balanced(least=least, most=most)
