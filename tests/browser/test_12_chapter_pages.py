@@ -77,7 +77,13 @@ class Chapter:
     complaints: list[str] = field(default_factory=list)
 
     def cells(self) -> list[dict[str, Any]]:
-        return list(json.loads((self.lab.tree / "chapters" / self.name).read_text(encoding="utf-8"))["cells"])
+        def whole() -> Any:
+            try:
+                return json.loads((self.lab.tree / "chapters" / self.name).read_text(encoding="utf-8"))
+            except ValueError:  # it is just being saved
+                return None
+
+        return list(wait_until("a whole file", START_SECONDS, whole)["cells"])
 
     def photograph(self, what: str, shown: Any = None) -> None:
         if folder := os.environ.get("SLLM_SCREENSHOTS"):
