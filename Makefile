@@ -112,7 +112,7 @@ $(BOOK)/.done: requirements-book.lock $(SETUP)
 book: $(BOOK)/.done ## the chapters, the systems they rebuild and a reference, as a static site in out/book/html
 	PYTHONPATH="$(CURDIR)/$(BOOK)" $(BIN)/python -m sllm_mini.lab.book.build out/book
 
-browser: $(SETUP) ## drive JupyterLab in chromium, as a reader would
+browser: $(SETUP) ## drive JupyterLab in chromium, as a reader would (TEST_FLAGS=--slow: run every chapter, not the quick ones)
 	$(BIN)/python -m pytest -m browser $(TEST_FLAGS) tests/browser
 
 picture: $(SETUP) ## measure a cold start and draw the README's picture

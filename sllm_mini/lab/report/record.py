@@ -42,7 +42,7 @@ def record(archive: Path, results: Path | None = None) -> list[Path]:
         }  # fmt: skip
         target.mkdir(parents=True, exist_ok=True)
         path = target / PurePosixPath(str(entry.result)).name
-        write_json(path, {**_without_folders(document), "recorded": stamp})
+        write_json(path, {**without_folders(document), "recorded": stamp})
         written.append(path)
     if not written:
         raise ReportError(f"{archive} holds no result of a unit that was done; run make gpu-report again until there is one")
@@ -86,7 +86,7 @@ def _done(documents: dict[str, dict[str, Any]]) -> list[tuple[str, Entry]]:
     return [(key, entry) for key, entry in found if entry.status == "done"]
 
 
-def _without_folders(document: dict[str, Any]) -> dict[str, Any]:
+def without_folders(document: dict[str, Any]) -> dict[str, Any]:
     """A document without what it says of the folders of the machine that it was made on: the stamp has the rest."""
     kept = {key: value for key, value in document.items() if key != "command"}
     if isinstance(kept.get("machine"), dict):
