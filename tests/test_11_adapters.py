@@ -253,9 +253,9 @@ def make_other(folder: Path) -> None:
     convert_checkpoint(source, folder)
 
 
-def opened(folder: Path, *, kind: str = "inprocess:1", engine: str = "", resume: Any = False) -> Any:
+def opened(folder: Path, *, kind: str = "inprocess:1", engine: str = "", resume: Any = False, **live: Any) -> Any:
     node = NodeOptions(store_dram_nbytes=256 * MIB, engine=engine, beat_seconds=0.2, silent_seconds=5.0, stuck_seconds=30.0)
-    return open_cluster(kind, folder=folder, options=LiveOptions(node=node), resume=resume)
+    return open_cluster(kind, folder=folder, options=LiveOptions(node=node, **live), resume=resume)
 
 
 def deploy(cluster: Cluster, folder: Path, *names: str) -> None:
@@ -330,3 +330,12 @@ def test_processes_share_the_base_too(folder: Path, tmp_path: Path, expected: di
         (store,) = (node.store for node in cluster.nodes())
         assert store is not None and store.dram_used_nbytes < 2 * cluster.models()[0].spec.nbytes
         assert {tier: count for tier, count in cluster.metrics().loads.items() if count} == {Tier.DISK: 1, Tier.DRAM: 2}
+
+
+def test_while_the_base_still_arrives(folder: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+    """Its first token waits for the base's bytes, layer by layer, as the base's own does; nodes that start together feed each other the base."""
+    with opened(tmp_path, kind="inprocess:2", overlap=True, multicast="binomial") as cluster:
+        deploy(cluster, folder, "first", "second")
+        streams = {name: cluster.submit(Ask(name, PROMPT, TOKENS)) for name in ("second", "first", "base")}
+        for name, stream in streams.items():
+            assert "".join(piece.text for piece in stream) == expected["" if name == "base" else name]
