@@ -467,11 +467,21 @@ def test_a_control_that_moves_redraws_with_the_same_function() -> None:
         "Bytes of the model (GB)", "Speed of the disk (GB/s)", "Already climbed to", "Copy while reading",
     ]  # fmt: skip
     panel.children[0].value = 10.0
-    panel.children[2].value = Warmth.DRAM
+    panel.children[2].value = "dram"
     panel.children[3].value = True
     assert drawn[-1] == {"size": pytest.approx(10.0), "speed": 3.0, "warm": Warmth.DRAM, "overlap": True}
     assert len(shown) == 3
     assert "Already climbed to: dram" in shown[-1]["text/plain"]
+
+
+def test_a_list_shows_what_it_stands_at_also_where_that_is_nothing() -> None:
+    shown: list[dict[str, str]] = []
+    explorer = widgets.explore(lambda **values: picture(**values), target=widgets.Choice("target", None, {"here": None, "there": 2}))
+    (choice,) = explorer.panel(shown.append).children
+    assert choice.index == 0
+    choice.index = 1
+    choice.index = 0
+    assert explorer.values == {"target": None} and len(shown) == 2
 
 
 def test_sliders_appear_only_where_somebody_can_move_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,8 @@ class Choice:
     def widget(self, layout: Mapping[str, Any]) -> Any:
         import ipywidgets
 
-        return ipywidgets.Dropdown(options=list(self.options.items()), value=self.value, description=self.description, **layout)
+        # By their names alone: a value of None would be no selection, and the list empty at first.
+        return ipywidgets.Dropdown(options=list(self.options), value=self.text(self.value), description=self.description, **layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +150,8 @@ class Explorer:
         for name, control in self.controls.items():
             widget = control.widget(layout)
 
-            def on_change(change: Mapping[str, Any], name: str = name) -> None:
-                self.values[name] = change["new"]
+            def on_change(change: Mapping[str, Any], name: str = name, control: Control = control) -> None:
+                self.values[name] = control.options[change["new"]] if isinstance(control, Choice) else change["new"]
                 redraw(self.render())
 
             widget.observe(on_change, names="value")
