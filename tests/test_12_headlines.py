@@ -49,7 +49,7 @@ def test_a_saved_document_becomes_a_line(tmp_path: Path) -> None:
     assert "command" not in document and "somebody" not in kept.read_text() and document["recorded"]["date"] == "2026-11-23"
     lines = table(tmp_path / "results").splitlines()
     assert lines[0] == "On a processor, 2 cores, without a GPU, 2026-11-23; medians, in brackets the least and the most of the rounds:"
-    assert lines[-1] == "| first token of 8 while m, 10.0 MB loads | 2.00 s | load, then run: x1.50 (1.25–1.75) as long |"
+    assert lines[-1] == "| first token of a prompt of 8 while m, 10.0 MB loads | 2.00 s | load, then run: x1.50 (1.25–1.75) as long |"
     assert with_table(f"before {BEGIN} old {END} after", "new") == f"before {BEGIN}\nnew\n{END} after"
 
 
