@@ -253,8 +253,8 @@ def make_other(folder: Path) -> None:
     convert_checkpoint(source, folder)
 
 
-def opened(folder: Path, *, kind: str = "inprocess:1", engine: str = "", resume: Any = False, **live: Any) -> Any:
-    node = NodeOptions(store_dram_nbytes=256 * MIB, engine=engine, beat_seconds=0.2, silent_seconds=5.0, stuck_seconds=30.0)
+def opened(folder: Path, *, kind: str = "inprocess:1", engine: str = "", resume: Any = False, pace_seconds: float = 0.0, **live: Any) -> Any:
+    node = NodeOptions(store_dram_nbytes=256 * MIB, engine=engine, pace_seconds=pace_seconds, beat_seconds=0.2, silent_seconds=5.0, stuck_seconds=30.0)
     return open_cluster(kind, folder=folder, options=LiveOptions(node=node, **live), resume=resume)
 
 
@@ -339,3 +339,15 @@ def test_while_the_base_still_arrives(folder: Path, tmp_path: Path, expected: di
         streams = {name: cluster.submit(Ask(name, PROMPT, TOKENS)) for name in ("second", "first", "base")}
         for name, stream in streams.items():
             assert "".join(piece.text for piece in stream) == expected["" if name == "base" else name]
+
+
+def test_one_whose_node_dies_goes_on_as_itself(folder: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+    with opened(tmp_path, kind="inprocess:2", pace_seconds=0.03) as cluster:
+        deploy(cluster, folder)
+        stream = cluster.submit(Ask("first", PROMPT, TOKENS))
+        pieces = iter(stream)
+        text = "".join(next(pieces).text for _ in range(6))
+        (home,) = (node.name for node in cluster.nodes() if any(each.model == "first" for each in node.instances))
+        cluster.kill_node(home)
+        assert text + "".join(piece.text for piece in pieces) == expected["first"]
+        assert stream.report.restarts == 1
