@@ -55,11 +55,31 @@ def test_checking_writes_nothing_and_one_failure_does_not_hide_another(tmp_path:
     assert sorted(os.listdir(tmp_path)) == [path.name for path in paths]
 
 
-def test_a_cell_that_hangs_and_a_kernel_that_dies_are_errors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fork", [False, True])
+def test_a_cell_that_hangs_and_a_kernel_that_dies_are_errors(tmp_path: Path, fork: bool) -> None:
     with pytest.raises(ChapterError, match=r"00_hangs.ipynb.*[Tt]imed? ?out"):
-        execute_chapter(chapter(tmp_path / "00_hangs.ipynb", "while True: pass"), timeout_seconds=1)
+        execute_chapter(chapter(tmp_path / "00_hangs.ipynb", "while True: pass"), timeout_seconds=1, fork=fork)
     with pytest.raises(ChapterError, match=r"00_dies.ipynb.*died"):
-        execute_chapter(chapter(tmp_path / "00_dies.ipynb", "import os\nos._exit(1)"))
+        execute_chapter(chapter(tmp_path / "00_dies.ipynb", "import os\nos._exit(1)"), fork=fork)
+
+
+LOOK = """
+import os, sys, tempfile
+folder = tempfile.TemporaryDirectory()
+print(os.getcwd(), os.getppid(), "torch" in sys.modules, "left" in globals(), folder.name, flush=True)
+left = 1
+"""
+
+
+def test_forked_kernels_are_fresh_ones_that_have_imported_and_leave_nothing(tmp_path: Path) -> None:
+    said = []
+    for name in ("00_one.ipynb", "01_two.ipynb"):
+        path = chapter(tmp_path / name, LOOK)
+        execute_chapter(path, fork=True)
+        said.append(nbformat.read(path, as_version=4).cells[1].outputs[0].text.split())
+    assert said[0][:4] == said[1][:4] == [os.path.realpath(tmp_path), said[0][1], "True", "False"]
+    assert int(said[0][1]) != os.getpid()  # one zygote
+    assert not any(os.path.exists(words[4]) for words in said)
 
 
 def test_no_chapter_is_bad_usage() -> None:

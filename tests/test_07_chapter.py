@@ -42,8 +42,7 @@ def test_a_text_is_the_same_whoever_writes_it_and_whoever_dies(tiny: Checkpoint)
     alone = list(Engine.load(tiny).generate(PROMPT, max_new_tokens=150, sampling=SAMPLING, stop_at_eos=False))
     half = next(number for number, piece in enumerate(alone, 1) if not piece.text)
     seen: list[int] = []
-    armed = (*dying.PROGRAM, "two=sending:HandOver")
-    with Workers(tiny.path, ["one", "two"], options=WorkerOptions(pace_seconds=0.02), program=armed) as workers:
+    with Workers(tiny.path, ["one", "two"], options=WorkerOptions(pace_seconds=0.02), program=dying.forked("two=sending:HandOver")) as workers:
         trips: list[tuple[str, str, Mode]] = [("one", "two", "tokens"), ("two", "one", "kv")]
         for source, to, mode in trips:
             found = travel(workers, source, PROMPT, {half: (to, mode)}, max_new_tokens=150, sampling=SAMPLING, stop_at_eos=False, watch=lambda so_far: seen.append(len(so_far.pieces)))

@@ -28,7 +28,7 @@ from sllm_mini.lab.livebench import Calibration, Options, measure_calibration, m
 from sllm_mini.lab.livebench.agreement import agreement, decisions_of, ratio_interval
 from sllm_mini.lab.livebench.calibrate import TOKENS, Learned, predictions
 from sllm_mini.lab.livebench.figures import measured_figures, starts_of
-from sllm_mini.lab.livebench.play import Played, frozen, play
+from sllm_mini.lab.livebench.play import Played, frozen, play, shared_zygote, with_shared_zygote
 from sllm_mini.lab.livebench.workload import asks, fitted
 from sllm_mini.lab.tiers.origin import Origin
 from sllm_mini.resources import resource
@@ -261,3 +261,17 @@ def test_the_command_plays_a_trace_and_says_that_its_log_replays(tmp_path: Path,
     for wrong in (["bench", "cluster"], ["bench", "cluster", str(trace), "--calibrate"], ["bench", "cluster", str(trace), "--pace", "fast"]):
         assert run(*wrong).code == 2
     assert run("bench", "cluster", str(trace), "--placement", "nearest").code == 1
+
+
+def test_nodes_of_one_machine_fork_from_one_zygote_that_outlives_them(tiny: Checkpoint) -> None:
+    """Real engines; each node is said to keep what a machine of its own would."""
+    options = replace(OPTIONS, cluster="local:2", models=1, engine="")
+    zygotes = set()
+    for _ in range(2):
+        found = play(REQUESTS[:3:2], tiny, options)
+        assert found.result.answered == 2 and {climb.warmth for climb in found.climbs} >= {Warmth.PROCESS, Warmth.RUNTIME, Warmth.READY}
+        assert len(found.shared_nbytes) == 2 and len({*found.shared_nbytes.values()}) == 1 and min(found.shared_nbytes.values()) > 1e8
+        zygotes.add(shared_zygote().pid)
+    assert len(zygotes) == 1
+    assert with_shared_zygote(options.live(tiny), "inprocess") == options.live(tiny)
+    assert not with_shared_zygote(OPTIONS.live(tiny), "local").node.zygote

@@ -482,6 +482,7 @@ def test_options_that_cannot_be_are_refused() -> None:
         (lambda: NodeOptions(silent_seconds=0.3, beat_seconds=0.2), "three beats"),
         (lambda: NodeOptions(eviction="none"), "none"),
         (lambda: NodeOptions(launcher="docker"), "docker"),  # type: ignore[arg-type]
+        (lambda: NodeOptions(launcher="spawn", zygote="/tmp/one"), "forked"),
         (lambda: NodeOptions(threads=0), "threads"),
         (lambda: LiveOptions(snapshot_seconds=0), "snapshot_seconds"),
         (lambda: LiveOptions(move_mode="fast"), "move_mode"),  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """Runs chapters top to bottom and keeps their outputs: `python -m sllm_mini.lab.execute [--check] chapters/*.ipynb`.
 
 A chapter passes if no cell raises and none writes to stderr: a warning that a reader would wonder about is a defect of
-the chapter. Cost: one fresh kernel per chapter. Cell ids stay as they are; the file is replaced at once or not at all.
+the chapter. Each has a kernel of its own: a fresh process where one is executed, forks of a prepared one where they are several.
+Cell ids stay as they are; the file is replaced at once or not at all.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Execution:
     seconds: float
 
 
-def execute_chapter(path: str | os.PathLike[str], *, write: bool = True, to: str | os.PathLike[str] | None = None, timeout_seconds: float = 600) -> Execution:
-    """Runs one notebook in a fresh kernel, in its own folder, and writes outputs, where and when they came about and the time they took into it,
+def execute_chapter(path: str | os.PathLike[str], *, write: bool = True, to: str | os.PathLike[str] | None = None, timeout_seconds: float = 600, fork: bool = False) -> Execution:
+    """Runs one notebook in a kernel of its own (with `fork` one of `lab.forked_kernel`), in its own folder, and writes outputs, where and when they came about and the time they took into it,
     or into the file `to`.
 
     With `write` false nothing is written. A chapter that fails is never written. Raises ChapterError naming the
@@ -58,6 +59,10 @@ def execute_chapter(path: str | os.PathLike[str], *, write: bool = True, to: str
         record_timing=False,  # times of single cells would change every cell of the file on every run
         resources={"metadata": {"path": str(path.parent)}},
     )
+    if fork:
+        from sllm_mini.lab.forked_kernel import ForkedKernel
+
+        client.kernel_manager_class = ForkedKernel
     start = time.monotonic()
     try:
         client.execute()
@@ -120,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = 0
     for path in options.chapters:
         try:
-            done = execute_chapter(path, write=not options.check, timeout_seconds=options.timeout)
+            done = execute_chapter(path, write=not options.check, timeout_seconds=options.timeout, fork=len(options.chapters) > 1)
         except ChapterError as error:
             failed += 1
             print(error, file=sys.stderr)

@@ -28,7 +28,8 @@ class NodeOptions:
     `store_disk_nbytes` for what it fetched, 0 for no such place; `eviction` names a policy of `sllm_mini.eviction`. Of a remote model it
     asks for `remote_ranges` at once, 0 for as many as it has readers.
 
-    Workers are forks of a zygote, fresh interpreters (`spawn`) or threads of the agent. `engine` names a
+    Workers are forks of a zygote, fresh interpreters (`spawn`) or threads of the agent. The zygote is the node's own, or the one that listens at the
+    path `zygote` and that others keep: nodes of one machine may share it. `engine` names a
     `module:function(order: ClimbRung) -> Engine` for engines that are not ours, whose workers import no torch. `threads` are
     torch's in a worker; `pace_seconds` is slept after each step, so that devices can be played by one CPU. Tokens between
     a request's first and its last gather for `stream_interval_seconds` before they are sent: each message costs the CPU that also computes. With `cuda` an instance's
@@ -43,6 +44,7 @@ class NodeOptions:
     remote_ranges: int = 0
     eviction: str = "gdsf"
     launcher: LauncherKind = "zygote"
+    zygote: str = ""
     engine: str = ""
     threads: int = 1
     pace_seconds: float = 0.0
@@ -71,6 +73,8 @@ class NodeOptions:
         if self.eviction not in POLICIES:
             raise SpecError(f"there is no eviction policy {self.eviction!r}; choose one of {', '.join(POLICIES)}")
         _one_of(self, "launcher", LauncherKind)
+        if self.zygote and self.launcher != "zygote":
+            raise SpecError(f"workers are forked from {self.zygote} with the launcher 'zygote' alone; leave the launcher out")
 
 
 @dataclass(frozen=True, slots=True)

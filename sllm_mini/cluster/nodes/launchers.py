@@ -207,7 +207,7 @@ class ZygoteLauncher:
             child = self._child(home, name, options)
         with self._lock:
             home.children += 1
-        return _Forked(child, lambda: self._left(home))
+        return ForkedProcess(child, lambda: self._left(home))
 
     def _child(self, home: _Home, name: str, options: ForkOptions) -> Child:
         with _asking(home):
@@ -266,10 +266,10 @@ def _end(home: _Home) -> None:
         home.zygote.close()
 
 
-class _Forked:
+class ForkedProcess:
     """A zygote's child as a `Process`: ended and waited for also where the zygote hangs."""
 
-    def __init__(self, child: Child, on_end: Callable[[], None]) -> None:
+    def __init__(self, child: Child, on_end: Callable[[], None] = lambda: None) -> None:
         self.pid = child.pid
         self._child, self._on_end = child, on_end
 

@@ -86,7 +86,7 @@ def launcher_of(options: NodeOptions, store: Store) -> Launcher:
 
     if options.launcher == "thread":
         return ThreadLauncher(store, engine=options.engine)
-    return ZygoteLauncher(engine=options.engine) if options.launcher == "zygote" else SpawnLauncher(engine=options.engine)
+    return ZygoteLauncher(path=options.zygote or None, engine=options.engine) if options.launcher == "zygote" else SpawnLauncher(engine=options.engine)
 
 
 def main() -> NoReturn:

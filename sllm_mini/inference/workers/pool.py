@@ -35,7 +35,7 @@ from sllm_mini.inference.ownership.server import OwnershipServer
 from sllm_mini.inference.sampler import SamplingOptions
 from sllm_mini.inference.session import Session, request_problem
 from sllm_mini.inference.workers import messages
-from sllm_mini.inference.workers.process import WorkerProcess, start_process
+from sllm_mini.inference.workers.process import Start, WorkerProcess, start_process
 from sllm_mini.types import Epoch
 from sllm_mini.wire import Channel
 
@@ -62,7 +62,7 @@ class WorkerOptions:
 class Workers:
     """The workers, the register, the ledger, and the requests between them. Safe from several threads; close it, or use `with`.
 
-    `names` are the first workers'; `start` adds others. Raises what loading the checkpoint in a worker raises.
+    `names` are the first workers'; `start` adds others. `program` is what a Python interpreter is given, or starts a process itself. Raises what loading the checkpoint in a worker raises.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Workers:
         names: Sequence[str] = ("one", "two"),
         *,
         options: WorkerOptions | None = None,
-        program: Sequence[str] = PROGRAM,
+        program: Sequence[str] | Start = PROGRAM,
     ) -> None:
         self.checkpoint = os.path.abspath(checkpoint)
         self.options = options or WorkerOptions()
@@ -141,7 +141,7 @@ class Workers:
         return worker
 
     def _launch(self, name: str) -> WorkerProcess:
-        ours, process = start_process(self._program)
+        ours, process = self._program() if callable(self._program) else start_process(self._program)
         return WorkerProcess(name, Channel(ours, messages.Answer, name=f"worker {name}"), process, self._bury)
 
     def _load(self, worker: WorkerProcess) -> str:

@@ -40,6 +40,10 @@ class Process(Protocol):
     def wait(self) -> int | None: ...
 
 
+Start = Callable[[], tuple[socket.socket, Process]]
+"""Starts a process that has one end of a connection as its standard input, and gives the other."""
+
+
 def start_process(program: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """Starts `python *program` with one end of a connection as its standard input, and gives the other. Raises OSError."""
     ours, theirs = socket.socketpair()

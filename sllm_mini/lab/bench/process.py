@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from sllm_mini.cluster.zygote import Child, ForkOptions, Zygote, ZygoteGoneError
+from sllm_mini.cluster.zygote import ForkOptions
 from sllm_mini.errors import SllmError
 from sllm_mini.lab.children import last_line
+from sllm_mini.lab.nursery import Nursery
 
 _ENTRY = "sllm_mini.lab.bench.worker:main"
 _TAIL_NBYTES = 2000
@@ -35,36 +34,8 @@ class WorkerError(SllmError):
     """A loader's process crashed, hung or refused; the sentence says which."""
 
 
-class _Nursery:
-    """Where workers are forked: a process that has imported torch, made for the first of them and kept to the end of this one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._zygote: Zygote | None = None
-
-    def fork(self, options: ForkOptions) -> Child:
-        """A worker that looks for modules where this process does."""
-        with self._lock:
-            try:
-                return self._ready().fork(_ENTRY, sys.path, options=options)
-            except ZygoteGoneError:  # somebody killed it
-                self._end()
-                return self._ready().fork(_ENTRY, sys.path, options=options)
-
-    def _ready(self) -> Zygote:
-        if self._zygote is None:
-            self._zygote = Zygote(["torch", "sllm_mini.loading"], [_ENTRY])
-            atexit.register(self._end)
-        return self._zygote
-
-    def _end(self) -> None:
-        zygote, self._zygote = self._zygote, None
-        atexit.unregister(self._end)
-        if zygote is not None:
-            zygote.close()
-
-
-_NURSERY = _Nursery()
+_NURSERY = Nursery(["torch", "sllm_mini.loading"], [_ENTRY])
+"""Each of its processes looks for modules where this one does."""
 
 
 class Worker:
@@ -79,7 +50,7 @@ class Worker:
         try:
             with theirs:
                 told = os.environ | _QUIET | dict(environment or {})
-                self._process = _NURSERY.fork(ForkOptions(stdout=self._errors, stderr=self._errors, channel=theirs, environment=told))
+                self._process = _NURSERY.fork(sys.path, options=ForkOptions(stdout=self._errors, stderr=self._errors, channel=theirs, environment=told))
         except BaseException:
             self._socket.close()
             self._errors.close()

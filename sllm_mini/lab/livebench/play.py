@@ -21,17 +21,23 @@ from sllm_mini.cluster.api import Deployment, RequestReport, Stream
 from sllm_mini.cluster.live.carry import NodeHandle
 from sllm_mini.cluster.live.driver import LiveCluster
 from sllm_mini.cluster.live.handles import handles_of
+from sllm_mini.cluster.live.options import LiveOptions
 from sllm_mini.cluster.nodes import messages as node
+from sllm_mini.cluster.nodes.launchers import ENTRY, IMPORTS, PREPARE
+from sllm_mini.cluster.process_memory import memory_of
 from sllm_mini.cluster.simulated import SimulationResult
 from sllm_mini.cluster.trace.request import TraceRequest
+from sllm_mini.cluster.zygote import Zygote
 from sllm_mini.control.estimate import Estimator
 from sllm_mini.control.messages import NodeSpec
 from sllm_mini.control.replay import replay
 from sllm_mini.errors import SllmError
 from sllm_mini.lab.livebench.workload import Options, asks
+from sllm_mini.lab.nursery import Nursery
 from sllm_mini.lab.tiers.origin import Origin
 from sllm_mini.types import Tier, Warmth
 
+_NURSERY = Nursery(IMPORTS, [ENTRY, PREPARE])
 _LAST_SECONDS = 120.0
 """So long after the last arrival the last answer may take."""
 
@@ -79,7 +85,7 @@ def play(
         made.append(frozen(learned) if learned is not None else Estimator())
         return made[-1]
 
-    control, live = replace(options.control(), estimator=estimator), options.live(checkpoint)
+    control, live = replace(options.control(), estimator=estimator), with_shared_zygote(options.live(checkpoint), options.kind)
     with tempfile.TemporaryDirectory(prefix="sllm-livebench-", dir=folder) as name, Origin(Path(checkpoint.path), options.remote_bytes_per_second, per_connection=options.per_connection) as origin:
         watched = _Watched()
         with _ahead(handles_of(options.kind, Path(name), live), options.nodes()) as handles, LiveCluster(watched.around(handles), control, Path(name, "cluster"), live) as cluster:
@@ -95,11 +101,25 @@ def play(
                 except TimeoutError as error:
                     raise SllmError(f"{stream.request_id} was not over {_LAST_SECONDS:g} s after the others; give the cluster more devices, or the trace less speed") from error
             result, log = cluster.result(), list(cluster.log())
+            if live.node.zygote:  # each machine would have its own
+                watched.shared = dict.fromkeys(watched.shared, memory_of(shared_zygote().pid).proportional_nbytes)
             reports = [_since(stream.report, began) for stream in streams]
             arrived = [[piece.arrived for piece in stream] for stream, report in zip(streams, reports, strict=True) if report.outcome == "answered"]
         saved = made[-1].save()
     gaps = [later - earlier for times in arrived for earlier, later in pairwise(times)]
     return Played(result, log, reports, gaps, lateness, watched.climbs, watched.shared, began, saved, replay(log, control.controller()))
+
+
+def with_shared_zygote(live: LiveOptions, kind: str) -> LiveOptions:
+    """The same for nodes that are processes of this machine, whose workers are forked from a zygote that is there already and outlives them."""
+    if kind != "local" or live.node.launcher != "zygote" or live.node.engine:
+        return live
+    return replace(live, node=replace(live.node, zygote=shared_zygote().path))
+
+
+def shared_zygote() -> Zygote:
+    """Started once for all clusters that this process plays on."""
+    return _NURSERY.zygote()
 
 
 @contextmanager

@@ -1,28 +1,48 @@
-"""A worker process that is killed at a chosen message of a move: `python -m sllm_mini.lab.moving.dying one=sending:HandOver …`.
+"""Worker processes that are killed at a chosen message of a move, such as `one=sending:HandOver`, and are forked.
 
-Each argument names a worker, a moment (sending, sent or received) and a message of `inference.migration.messages`; the worker
+Each such argument names a worker, a moment (sending, sent or received) and a message of `inference.migration.messages`; the worker
 of that name kills itself there with SIGKILL, as a machine that loses its power would, and the others are ordinary workers.
-Used as the `program` of `Workers`. Shown in chapter 07.
+`forked` makes the `program` of `Workers` of them, and spares each the seconds of its imports (chapter 05). Shown in chapter 07.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
+import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sllm_mini.cluster.nodes.launchers import ForkedProcess
+from sllm_mini.cluster.runtime import RUNTIME
+from sllm_mini.cluster.zygote import ForkOptions
 from sllm_mini.inference.migration import messages
 from sllm_mini.inference.workers import worker
 from sllm_mini.inference.workers.messages import Open
+from sllm_mini.inference.workers.process import Process, Start
+from sllm_mini.lab.nursery import Nursery
 from sllm_mini.wire import Channel
 
 if TYPE_CHECKING:
     from sllm_mini.inference.engine import Engine
 
-PROGRAM = ("-m", "sllm_mini.lab.moving.dying")
 MOMENTS = ("sending", "sent", "received")
+_NURSERY = Nursery([*RUNTIME, "sllm_mini.lab.moving.dying"], ["sllm_mini.lab.moving.dying:main"])
+
+
+def forked(*deaths: str) -> Start:
+    """A `program` of `Workers` whose processes are forked from one zygote; `deaths` are arguments as above."""
+
+    def start() -> tuple[socket.socket, Process]:
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                return ours, ForkedProcess(_NURSERY.fork(deaths, options=ForkOptions(stdin=theirs)))
+        except BaseException:
+            ours.close()
+            raise
+
+    return start
 
 
 def death(argument: str) -> tuple[str, str, str]:
@@ -67,7 +87,3 @@ def main(arguments: Sequence[str], load: Callable[[Open], Engine] = worker.load)
         return load(begin)
 
     worker.main(make)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

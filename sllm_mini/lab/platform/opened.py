@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from sllm_mini.checkpoint import Checkpoint
 from sllm_mini.cluster.api import Deployment, NodeReport
 from sllm_mini.cluster.opening import open_cluster
+from sllm_mini.lab.livebench.play import with_shared_zygote
 from sllm_mini.lab.platform.switches import Platform
 from sllm_mini.lab.table import Table
 from sllm_mini.lab.tiers.origin import Origin
@@ -37,7 +38,7 @@ class OpenPlatform:
             folder = Path(made.enter_context(tempfile.TemporaryDirectory(prefix="sllm-platform-")))
             origin = made.enter_context(Origin(Path(checkpoint.path), platform.remote_bytes_per_second, per_connection=platform.per_connection))
             self.cluster = made.enter_context(
-                open_cluster(platform.kind, folder=folder / "cluster", nodes=platform.nodes(), control=platform.control(), options=platform.live(checkpoint))
+                open_cluster(platform.kind, folder=folder / "cluster", nodes=platform.nodes(), control=platform.control(), options=with_shared_zygote(platform.live(checkpoint), platform.kind))
             )
             for spec in platform.specs(checkpoint):
                 self.cluster.deploy(Deployment(spec, f"{origin.url.rpartition('/')[0]}/{spec.name}"))
