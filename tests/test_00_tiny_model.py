@@ -195,16 +195,18 @@ def _bytes_of(tokenizer: Any, token_id: int) -> bytes:
 # --- the training -----------------------------------------------------------------------------------------------------
 
 
-def test_three_steps_give_the_same_bytes_in_another_process(scripts: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("steps", "precision"), [(2, "float32"), pytest.param(3, "bfloat16", marks=pytest.mark.slow)])
+def test_some_steps_give_the_same_bytes_in_another_process(scripts: Any, tmp_path: Path, steps: int, precision: str) -> None:
+    """In bfloat16, as the shipped one was, a step takes six seconds here."""
     _, train = scripts
-    command = [sys.executable, str(MODELS / "train.py"), "--steps", "3", "--out", str(tmp_path / "there")]
+    command = [sys.executable, str(MODELS / "train.py"), "--steps", str(steps), "--precision", precision, "--out", str(tmp_path / "there")]
     with (
         open(tmp_path / "log", "w", encoding="utf-8") as log,
         open(tmp_path / "other log", "w", encoding="utf-8") as output,
         subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "PYTHONHASHSEED": "3"}) as other,
     ):
         try:
-            facts = train.train(train.TrainOptions(steps=3), tmp_path / "here", log)
+            facts = train.train(train.TrainOptions(steps=steps, precision=precision), tmp_path / "here", log)
             other.wait()
         finally:
             other.kill()

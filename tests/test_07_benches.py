@@ -21,6 +21,7 @@ from sllm_mini.lab.decode.process import WayProcess
 from sllm_mini.lab.decode.workload import workloads
 from sllm_mini.lab.moving.document import KIND as MIGRATE
 from sllm_mini.lab.moving.document import MODES, Move, assemble
+from sllm_mini.lab.moving.dying import forked
 from sllm_mini.resources import resource
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -56,7 +57,7 @@ def test_moves_are_measured_saved_and_printed(run: Run, tiny: Checkpoint, tmp_pa
 
 def test_running_workers_are_used_and_left_running_and_others_refused(run: Run, tiny: Checkpoint) -> None:
     options = moving.Options(rounds=1, contexts=(20,))
-    with Workers(tiny.path, ["one", "two"], options=WorkerOptions()) as workers:
+    with Workers(tiny.path, ["one", "two"], options=WorkerOptions(), program=forked()) as workers:
         found = moving.measure_moves(tiny.path, options=options, workers=workers)
         assert sorted(workers.names) == ["one", "two"] and {row["mode"] for row in found["results"]} == set(MODES)
         with pytest.raises(ValueError, match="something else"):

@@ -28,6 +28,7 @@ from sllm_mini.inference.ownership.ledger import LedgerPiece
 from sllm_mini.inference.workers import WorkerOptions, Workers
 from sllm_mini.lab.models import workspace
 from sllm_mini.lab.moving.document import MODES, Move, assemble
+from sllm_mini.lab.moving.dying import forked
 from sllm_mini.lab.moving.model import SMALL, moving_checkpoint
 from sllm_mini.loading.probe import measure_machine
 
@@ -107,7 +108,7 @@ def measure_moves(
     with ExitStack() as stack:
         if workers is None:
             say("starting two workers")
-            workers = stack.enter_context(Workers(checkpoint.path, _NAMES, options=WorkerOptions(device=options.device, threads=options.threads)))
+            workers = stack.enter_context(Workers(checkpoint.path, _NAMES, options=WorkerOptions(device=options.device, threads=options.threads), program=forked()))
         running = workers.options.device, workers.options.threads, workers.options.pace_seconds, workers.checkpoint
         if running != (options.device, options.threads, 0.0, os.path.abspath(checkpoint.path)) or not set(_NAMES) <= set(workers.names):
             raise ValueError("these workers run something else than what is to be measured; leave them out, or start 'one' and 'two' with these options")
