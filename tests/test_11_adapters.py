@@ -274,7 +274,7 @@ def test_they_come_back_with_the_next_server(folder: Path, tmp_path: Path, expec
         before = cluster.models()
         assert text_of(cluster, "first") == expected["first"]
     with ServerFolder(tmp_path) as state:
-        assert state._deployed() == before
+        assert state._deployed("deployments.json") == before
     with opened(tmp_path, resume="models") as cluster:
         assert cluster.models() == before and [each.base for each in before] == ["", "base", "base"]
         assert text_of(cluster, "first") == expected["first"] and text_of(cluster, "base") == expected[""]

@@ -107,7 +107,7 @@ def test_a_template_that_is_missing_or_bad_is_the_requests_error(tmp_path_factor
     assert model is not None
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
     monkeypatch.setattr(world.server._state.templates, "_limits", Limits(template_seconds=0.3))
-    monkeypatch.setattr(world.server._state.templates, "_endless", [])
+    monkeypatch.setattr(world.server._state.templates, "_late", [])
     for _ in range(2):
         reply = world.chat()
         assert reply.status == 400 and words in reply.document["error"]["message"] and reply.code in ("no_chat_template", "invalid_value")

@@ -136,6 +136,7 @@ def test_what_was_deployed_comes_back_under_other_policies_too(tmp_path: Path, t
         assert folder.prepare({"placement": "random"}) == (False, [wanted])
         with opened(tmp_path) as cluster:  # the old log is no more in its way
             cluster.deploy(wanted)
+        folder.announce("http://localhost:1")
         assert folder.prepare({"placement": "random"}) == (True, [wanted])
         monkeypatch.setattr(server_folder, "LOG_NBYTES", 10)
         assert folder.prepare({"placement": "random"}) == (False, [wanted]), "nobody reads a long log again"

@@ -100,7 +100,7 @@ def serve(
     with ExitStack() as stack:
         place = state or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sllm-serve-", ignore_cleanup_errors=True)))
         folder = stack.enter_context(ServerFolder(place))
-        resumed, before = folder.prepare({"placement": placement, "keep_alive": keep_alive, "autoscaler": autoscaler}, fresh=fresh)
+        resumed, before = folder.prepare({"placement": placement, "keep_alive": keep_alive, "autoscaler": autoscaler}, given=[each.spec.name for each in deployments], fresh=fresh)
         node = NodeOptions(store_dram_nbytes=store_dram, threads=threads, cuda=cuda, silent_seconds=_SILENT_SECONDS)
         live = LiveOptions(node=node, overlap=True, revive=revive)
         opened = stack.enter_context(open_cluster(kind, folder=folder.path, nodes=nodes, control=control, options=live, resume="models" if resumed else False))
@@ -118,7 +118,7 @@ def _new(given: Sequence[Deployment], before: Sequence[Deployment]) -> list[Depl
         if old is None:
             found.append(each)
         elif old.source != each.source:
-            found.append(replace(old, source=each.source, spec=structs.replace(old.spec, nbytes=each.spec.nbytes)))
+            found.append(replace(old, source=each.source, base="", spec=structs.replace(old.spec, nbytes=each.spec.nbytes)))
     return found
 
 
@@ -197,4 +197,7 @@ def _control(placement: str, keep_alive: str, autoscaler: str) -> ControlOptions
 def read_keys(file: Path | None) -> tuple[str, ...]:
     """Never an argument: those are seen by every user of the machine."""
     text = file.read_text() if file is not None else os.environ.get(KEY_VARIABLE, "")
-    return tuple(filter(None, (line.strip() for line in text.splitlines())))
+    keys = tuple(filter(None, (line.strip() for line in text.splitlines())))
+    if file is not None and not keys:
+        raise SllmError(f"{file} has no API key in it, and without one everybody on this machine would be served; write one a line, or leave the option out")
+    return keys

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sllm_mini.errors import ModelError
 from sllm_mini.inference.attention import use_product_attention
+from sllm_mini.inference.context import context_limit
 from sllm_mini.inference.masks import Masks
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from sllm_mini.device.base import Device
     from sllm_mini.inference.attention import DecodeAttention, ProductAttention
     from sllm_mini.inference.kv import SlotCache
-
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies change past the original context, so that older keys would no longer fit."""
 
 
 class Runner:
@@ -48,7 +46,7 @@ class Runner:
         embedding = model.get_input_embeddings()
         self.vocabulary = int(embedding.weight.shape[0])
         self.device: torch.device = embedding.weight.device
-        self.context_limit = _context_limit(self.config)
+        self.context_limit = context_limit(self.config.to_dict())
         generation = getattr(model, "generation_config", None) or self.config
         self.eos_ids = _as_ids(generation.eos_token_id)
         self.bos_id = next(iter(_as_ids(getattr(generation, "bos_token_id", None))), None)
@@ -296,14 +294,3 @@ def _as_ids(value: Any) -> frozenset[int]:
     if value is None:
         return frozenset()
     return frozenset(int(item) for item in value) if isinstance(value, (list, tuple)) else frozenset({int(value)})
-
-
-def _context_limit(config: Any) -> int | None:
-    """Positions a model may use, None where its positions have no end (ALiBi)."""
-    limits = [getattr(config, "max_position_embeddings", None)]
-    rope = getattr(config, "rope_parameters", None) or {}
-    # Models with two kinds of layers have one set of parameters for each.
-    for parameters in (rope, *(item for item in rope.values() if isinstance(item, dict))):
-        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-            limits += [parameters.get("original_max_position_embeddings"), getattr(config, "original_max_position_embeddings", None)]
-    return min((int(limit) for limit in limits if limit), default=None)

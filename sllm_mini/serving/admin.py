@@ -14,7 +14,7 @@ from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from sllm_mini.cluster.api import Deployment
+from sllm_mini.cluster.api import Deployment, RefusedError
 from sllm_mini.errors import (
     CheckpointError,
     InUseError,
@@ -24,6 +24,7 @@ from sllm_mini.errors import (
     SllmError,
     StoreError,
     UnsupportedError,
+    WriteError,
 )
 from sllm_mini.serving.common_protocol import duration, error_answers
 from sllm_mini.serving.deployments import (
@@ -147,10 +148,14 @@ async def _asked(where: Callable[[Callable[[], T]], Any], work: Callable[[], T])
         raise ApiError(409, "in_use", str(error), retry_after=5.0) from error
     except InUseError as error:
         raise ApiError(409, "in_use", str(error)) from error
+    except WriteError as error:
+        raise ApiError(507, "out_of_space", str(error)) from error
     except (CheckpointError, LoadError, RemoteError, ModelError, UnsupportedError) as error:
         raise invalid(str(error), "source") from error
-    except (SllmError, ValueError) as error:
+    except (ApiError, RefusedError, ValueError) as error:
         raise of_submit(error) from error
+    except SllmError as error:
+        raise ApiError(503, "not_now", str(error), retry_after=5.0) from error
 
 
 def _known(state: State) -> dict[str, Deployment]:

@@ -89,7 +89,7 @@ def asks_of(
                 model.name, ids, tokens, _sampling(request, (seed + len(asks)) % _SEEDS), request.stops, prefix=prefix,
                 request_id=f"{answer_id}-{len(asks)}", keep_alive=keep_alive, logprobs=logprobs_of(request),
             ))  # fmt: skip
-    echo = isinstance(request, CompletionRequest) and request.echo
+    echo = isinstance(request, CompletionRequest) and bool(request.echo)
     return Asked(tuple(asks), sum(map(len, prompts)), tuple(model.decode(ids) if echo else "" for ids in prompts for _ in range(choices)))
 
 

@@ -1,15 +1,17 @@
 """Messages become a prompt by the template that the model came with: transformers' rendering, in jinja's immutable sandbox. Chapter 11.
 
 A template is a program of whoever made the model. The sandbox keeps it from this process, not from looping, so it runs in a thread
-of its own and has so much time; one that does not end costs that thread, and the model's template is not run again.
+of its own and has so many seconds of a processor; while one that has not ended by then goes on, the model's template is not run again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from sllm_mini.serving.chat_protocol import Message
 from sllm_mini.serving.errors import ApiError, invalid, unsupported
@@ -17,6 +19,9 @@ from sllm_mini.serving.options import Limits
 from sllm_mini.serving.texts import ModelText
 
 _ROLES = {"developer": "system"}
+_AT_ONCE = 8
+"""Templates that run."""
+_LOOK_SECONDS = 0.05
 
 
 class Templates:
@@ -24,8 +29,9 @@ class Templates:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._endless: list[ModelText] = []
-        """Those whose template did not end."""
+        self._free = asyncio.Semaphore(_AT_ONCE)
+        self._late: list[tuple[ModelText, threading.Thread]] = []
+        """Those whose template did not end in time."""
 
     async def render(self, model: ModelText, messages: Sequence[Message]) -> str:
         """The prompt, to be encoded without special tokens before it: the template writes its own. Raises ApiError(400)."""
@@ -34,16 +40,31 @@ class Templates:
             raise ApiError(400, "no_chat_template", f"{model.name} has no chat template; use /v1/completions", param="model")
         if self._limits.special_in_content == "refuse":
             _refuse_special(model, chat)
-        if any(each is model for each in self._endless):
+        async with self._free:
+            self._late = [(late, thread) for late, thread in self._late if thread.is_alive()]
+            if any(late is model for late, _ in self._late):
+                raise _endless(model)
+            loop = asyncio.get_running_loop()
+            done: asyncio.Future[str] = loop.create_future()
+            thread = threading.Thread(target=_run, args=(model, chat, loop, done), name="sllm-template", daemon=True)
+            thread.start()
+            left = self._limits.template_seconds
+            while left > 0:
+                await asyncio.wait({done}, timeout=max(left, _LOOK_SECONDS))
+                if done.done():
+                    return done.result()
+                left = self._limits.template_seconds - _busy_seconds(thread)
+            self._late.append((model, thread))
             raise _endless(model)
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[str] = loop.create_future()
-        threading.Thread(target=_run, args=(model, chat, loop, done), name="sllm-template", daemon=True).start()
-        try:
-            return await asyncio.wait_for(done, self._limits.template_seconds)
-        except TimeoutError:
-            self._endless.append(model)
-            raise _endless(model) from None
+
+
+def _busy_seconds(thread: threading.Thread) -> float:
+    """How long a processor has worked on it: one that waits for others is not what is slow. 0 for one that has just ended."""
+    try:
+        fields = Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -24,7 +24,7 @@ class Wire(BaseModel):
 
 
 class StreamOptions(Wire):
-    include_usage: bool = False
+    include_usage: bool | None = None
     """Ends the stream with a chunk that has `usage` and no choice."""
 
 
@@ -35,7 +35,7 @@ class Request(Wire):
     """What both endpoints read. `keep_alive`, `top_k` and `repetition_penalty` are this server's own."""
 
     model: str
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -59,7 +59,7 @@ class Request(Wire):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class Usage(Wire):

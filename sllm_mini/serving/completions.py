@@ -6,16 +6,18 @@ hand each request to another thread.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from sllm_mini.cluster.api import RequestReport, Stream
-from sllm_mini.errors import ModelError
+from sllm_mini.errors import CheckpointError, ModelError, RemoteError
 from sllm_mini.inference.ownership.ledger import LedgerPiece
 from sllm_mini.serving import errors, sse
 from sllm_mini.serving.answers import AnswerFormat, ChatAnswer, TextAnswer, WholeFormat, Written, timing_headers
@@ -87,7 +89,7 @@ async def chat_completions(http: Request) -> Response:
         return await _load(http, state, request, form)
     text = await state.templates.render(model, request.messages)
     ids = await encode_text(state, model, text, special=False)
-    return await _answer(http, state, request.stream, request.include_usage, asks_of(request, model, [ids], state.limits, form.id, _draw), form)
+    return await _answer(http, state, bool(request.stream), request.include_usage, asks_of(request, model, [ids], state.limits, form.id, _draw), form)
 
 
 @router.post("/v1/completions", response_model=TextCompletion, responses=_ANSWERS, openapi_extra=body_document(CompletionRequest))
@@ -103,13 +105,25 @@ async def completions(http: Request) -> Response:
     if len(given) > state.limits.prompts:
         raise errors.invalid(f"there are {len(given)} prompts; at most {state.limits.prompts} are taken", "prompt")
     prompts = [await encode_text(state, model, each, special=True) if isinstance(each, str) else each for each in given]
-    return await _answer(http, state, request.stream, request.include_usage, asks_of(request, model, prompts, state.limits, form.id, _draw), form)
+    return await _answer(http, state, bool(request.stream), request.include_usage, asks_of(request, model, prompts, state.limits, form.id, _draw), form)
 
 
 async def find_model(state: State, name: str) -> ModelText:
-    """Raises ApiError(404), and what `Texts.read` raises."""
-    found = state.texts.find(name)
-    return await state.aside(lambda: state.texts.read(name)) if found is None else found
+    """Raises ApiError(404), and (503) where what lies beside its weights cannot be read now. Who asks for one that is being read waits for that."""
+    try:
+        while (found := state.texts.find(name)) is None:
+            if name not in state.reading:
+                state.reading[name] = asyncio.ensure_future(state.read(name))
+                state.reading[name].add_done_callback(partial(_read, state, name))
+            await asyncio.shield(state.reading[name])
+    except (RemoteError, CheckpointError, OSError) as error:
+        raise errors.ApiError(503, "model_unreachable", f"what belongs to the weights of {name} cannot be read: {error}", param="model", retry_after=5.0) from error
+    return found
+
+
+def _read(state: State, name: str, reading: asyncio.Future[ModelText]) -> None:
+    del state.reading[name]
+    reading.cancelled() or reading.exception()  # it is theirs who wait, if anybody does still
 
 
 def _names(request: ChatRequest | CompletionRequest, model: ModelText) -> TokenNames | None:
@@ -127,7 +141,7 @@ async def encode_text(state: State, model: ModelText, text: str, *, special: boo
 async def _load(http: Request, state: State, request: ChatRequest | CompletionRequest, form: AnswerFormat) -> Response:
     """An empty prompt: the model is made ready, or with keep_alive 0 put away, and no token is written."""
     seconds = keep_alive_of(request.keep_alive)
-    reason = await until_gone(http.receive, preload(state, request.model, seconds))
+    reason = await until_gone(http.receive, preload(state, request.model, seconds, hold_seconds=_hold_seconds(http, state)))
     done = Done(done_reason=reason or "load")
     if not request.stream:
         return _json(form.whole([Written("", done)], Usage.of(0, 0)), {})
@@ -228,9 +242,10 @@ async def _frames(state: State, work: _Work, form: AnswerFormat, include_usage: 
 
 def _waiting(work: _Work, relay: Relay, waited: float) -> str:
     """What a client may show while nothing has come."""
-    if not relay.waiting:
+    waiting = relay.waiting
+    if not waiting:
         return ""
-    report = work.streams[min(relay.waiting)].report
+    report = work.streams[waiting[0]].report
     if report.assigned != report.assigned:
         return f"waiting for an instance of {report.model}, {waited:.1f} s"
     tier = "" if report.tier is None else f", its weights read from {report.tier.name.lower()} in {report.load_seconds:.2f} s"

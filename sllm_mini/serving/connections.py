@@ -75,6 +75,10 @@ class Connection(HttpToolsProtocol):
         if self._due is None:
             self._owes()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # what comes after a body in chunks (trailers) has no reader, and no bound
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._owes_nothing()

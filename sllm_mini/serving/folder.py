@@ -3,6 +3,7 @@
     FOLDER/lock          held while a server runs, by the kernel: none is left by a crash
     FOLDER/server.json   where that server is
     FOLDER/serving.json  the policies that its controller decided by
+    FOLDER/wanted.json   what a server is to deploy, until it has
     FOLDER/…             the cluster's own files (`cluster.journal`), and its nodes'
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,7 @@ from sllm_mini.cluster.journal import write_whole
 from sllm_mini.errors import FormatError, SllmError, WriteError
 
 _CONTROL = ("events.jsonl", "controller.bin", "ledger.bin")
-_DEPLOYMENTS = "deployments.json"
+_DEPLOYMENTS, _WANTED = "deployments.json", "wanted.json"
 LOG_NBYTES = 64 << 20
 """A longer event log is not read again: the next server begins another with what is deployed."""
 
@@ -51,26 +52,31 @@ class ServerFolder:
         for left in self.path.glob("arbiter-*"):  # the socket of one that was killed
             left.unlink()
 
-    def prepare(self, policies: Mapping[str, str], *, fresh: bool = False) -> tuple[bool, list[Deployment]]:
+    def prepare(self, policies: Mapping[str, str], *, given: Collection[str] = (), fresh: bool = False) -> tuple[bool, list[Deployment]]:
         """Whether the cluster that was here can be resumed, and what it had deployed; where it cannot, that is to be deployed in a new one. It
-        cannot where other policies are to decide from now on, or its log has become long; with `fresh` nothing is left of it. Raises
-        SllmError where the weights of a model are not there any more."""
+        cannot where other policies are to decide from now on, or its log has become long; with `fresh` nothing is left of it. Until `announce` it
+        is kept apart, and found by the next server if this one gets no further. Raises SllmError where the weights of a model are not there any more
+        that are not `given` anew."""
         if fresh:
-            self._forget(_DEPLOYMENTS)
-        deployments = self._deployed()
+            self._forget(_DEPLOYMENTS, _WANTED)
+        begun = (self.path / _WANTED).exists()  # an earlier server ended while it deployed them
+        deployments = list({each.spec.name: each for name in (_WANTED, _DEPLOYMENTS) for each in self._deployed(name)}.values())
         for each in deployments:
-            if "://" not in each.source and not os.path.exists(each.source):
+            if each.spec.name not in given and "://" not in each.source and not os.path.exists(each.source):
                 raise SllmError(f"{each.source}, from which {each.spec.name} was deployed, is not there any more; bring it back, or begin anew with --fresh")
-        given, written = msgspec.json.encode(dict(policies)), self.path / "serving.json"
-        same = written.exists() and written.read_bytes() == given
-        resumed = same and not fresh and (self.path / "controller.bin").exists() and (self.path / "events.jsonl").stat().st_size <= LOG_NBYTES
+        said, written = msgspec.json.encode(dict(policies)), self.path / "serving.json"
+        same = written.exists() and written.read_bytes() == said
+        resumed = same and not fresh and not begun and (self.path / "controller.bin").exists() and (self.path / "events.jsonl").stat().st_size <= LOG_NBYTES
         if not resumed:
+            if deployments:
+                write_whole(self.path / _WANTED, msgspec.json.encode(deployments))
             self._forget(*_CONTROL)
-        write_whole(written, given)
+        write_whole(written, said)
         return resumed, deployments
 
     def announce(self, url: str) -> None:
-        """For whoever wants the folder as well."""
+        """For whoever wants the folder as well: it serves what it was to serve."""
+        self._forget(_WANTED)
         write_whole(self.path / "server.json", msgspec.json.encode(_Running(os.getpid(), url)))
 
     def close(self) -> None:
@@ -86,8 +92,8 @@ class ServerFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _deployed(self) -> list[Deployment]:
-        path = self.path / _DEPLOYMENTS
+    def _deployed(self, name: str) -> list[Deployment]:
+        path = self.path / name
         if not path.exists():
             return []
         try:

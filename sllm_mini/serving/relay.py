@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from types import TracebackType
@@ -36,11 +35,12 @@ class Relay:
 
     def __init__(self, streams: Sequence[Stream], *, whole: bool = False) -> None:
         self._streams, self._whole = streams, whole
-        self._come: deque[Delivery] = deque()
+        self._come: list[Delivery] = []
+        self._reports = 0
+        """How many of those are the end of a stream."""
         self._lock = threading.Lock()
         self._waking = False
-        self._open, self.waiting = set(range(len(streams))), set(range(len(streams)))
-        """Of `waiting` no piece has come."""
+        self._open, self._waiting = set(range(len(streams))), set(range(len(streams)))
         self._leave: list[Callable[[], None]] = []
 
     async def __aenter__(self) -> Relay:
@@ -61,27 +61,33 @@ class Relay:
         """Whether there is more to come than was taken."""
         return bool(self._open)
 
+    @property
+    def waiting(self) -> list[int]:
+        """Those of which no piece has come, in order."""
+        with self._lock:
+            return sorted(self._waiting)
+
     async def next(self, timeout: float) -> list[Delivery]:
         """What came since, in order; waits for it as long as that. Empty where nothing came."""
-        if not self._come or (self._whole and all(each.report is None for each in self._come)):
+        if not (self._reports if self._whole else self._come):
             try:
                 async with asyncio.timeout(timeout):  # Python 3.11's wait_for loses a cancellation that comes together with what it waits for
                     await self._awake.wait()
             except TimeoutError:
                 return []
         self._awake.clear()
-        come = [self._come.popleft() for _ in range(len(self._come))]
+        with self._lock:
+            come, self._come, self._reports = self._come, [], 0
         self._open.difference_update(each.choice for each in come if each.report is not None)
         return come
 
     def _told(self, index: int, pieces: Sequence[LedgerPiece], report: RequestReport | None) -> None:
         """On whichever thread delivers."""
-        self._come.append(Delivery(index, pieces, report))
-        self.waiting.discard(index)
-        if self._whole and report is None:
-            return
         with self._lock:
-            if self._waking:
+            self._come.append(Delivery(index, pieces, report))
+            self._reports += report is not None
+            self._waiting.discard(index)
+            if self._waking or (self._whole and report is None):
                 return
             self._waking = True
         try:

@@ -115,8 +115,8 @@ class Server:
         for deployment in self._cluster.models():
             try:
                 self._state.texts.read(deployment.spec.name)
-            except SllmError as error:  # whoever asks for the model is told as well
-                log.warning("%s can be asked for by token ids only: %s", deployment.spec.name, error)
+            except (SllmError, OSError) as error:  # whoever asks for the model is told as well
+                log.warning("%s could not be read ahead: %s", deployment.spec.name, error)
 
 
 def _listen(host: str, port: int) -> socket.socket:

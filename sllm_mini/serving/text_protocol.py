@@ -17,7 +17,7 @@ class CompletionRequest(Request):
     """`suffix`, a `best_of` above `n`, and `logprobs` with `echo` are refused."""
 
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
-    echo: bool = False
+    echo: bool | None = None
     """Whether the answer begins with its prompt."""
     best_of: int | None = None
     suffix: Any = None
