@@ -78,7 +78,7 @@ def test_a_cluster_that_was_closed_is_resumed(tmp_path: Path, tiny: Path) -> Non
         assert cluster.wait(lambda _: all(stream.report.output_tokens > 3 for stream in cut[:2]), SECONDS)
         at = cluster.now
     with opened(tmp_path, resume=True) as cluster:
-        assert cluster.models() == [wanted] and cluster.now >= at
+        assert cluster.models() == [wanted] and cluster.now > at - 5.0  # it goes on from the last event that was logged
         assert ids(cluster.stream("r-0")) == whole(0, 20)
         for stream in cut:
             with pytest.raises(RefusedError, match="closed before the text ended"):
