@@ -1,6 +1,6 @@
 """`/metrics` in Prometheus' text format: what the cluster counts, read when it is scraped, and what the server counts itself. Chapter 11.
 
-Reading wakes no model and is in no log. Labels are bounded: models are those that are deployed (at most 200, then "(others)"), routes
+Reading wakes no model and is in no log. Labels are bounded: models are the first 200 that were asked for, then "(others)", routes
 their patterns, codes ours. A scrape costs two questions to the thread that decides.
 """
 
