@@ -97,7 +97,7 @@ def test_a_message_that_spells_a_mark_of_the_template_is_refused(world: World) -
     ("template", "words"),
     [
         (None, "has no chat template"), ("{{ raise_exception('only two roles') }}", "only two roles"), ("{{ messages[9].content }}", "does not take"), ("{% for", "does not take"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "did not end"),
+        ("{% for a in range(3000) %}{% for b in range(3000) %}{% endfor %}{% endfor %}", "did not end"),
         ("{{ ''.__class__.__mro__ }}", "does not take"),
     ],
 )  # fmt: skip
@@ -106,11 +106,13 @@ def test_a_template_that_is_missing_or_bad_is_the_requests_error(tmp_path_factor
     model = world.server._state.texts.find("a")
     assert model is not None
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
-    monkeypatch.setattr(world.server._state.templates, "_limits", Limits(template_seconds=0.3))
+    monkeypatch.setattr(world.server._state.templates, "_limits", Limits(template_seconds=0.1))
     monkeypatch.setattr(world.server._state.templates, "_late", [])
     for _ in range(2):
         reply = world.chat()
         assert reply.status == 400 and words in reply.document["error"]["message"] and reply.code in ("no_chat_template", "invalid_value")
+    for _, thread in world.server._state.templates._late:
+        thread.join()  # else it would go on beside all tests after this one
 
 
 def test_an_answer_may_begin_with_its_prompt(world: World) -> None:
