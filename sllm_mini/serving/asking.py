@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from sllm_mini.cluster.api import Ask
 from sllm_mini.inference.sampler import SamplingOptions
@@ -39,8 +40,8 @@ class Asked:
 
 def refuse_unsupported(request: ChatRequest | CompletionRequest) -> None:
     """Raises ApiError(400) that names the first field which asks for what this server has not."""
-    for field, neutral in _NEUTRAL.items():
-        value = getattr(request, field, None)
+    for field, neutral in _neutral(type(request)):
+        value = getattr(request, field)
         if not any(type(value) is not bool and value == each for each in neutral):
             raise unsupported(field)
     if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
@@ -51,6 +52,12 @@ def refuse_unsupported(request: ChatRequest | CompletionRequest) -> None:
         raise unsupported("best_of", "other than n is not supported here")
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options is only for a stream; set stream, or leave it out", "stream_options")
+
+
+@cache
+def _neutral(kind: type[ChatRequest | CompletionRequest]) -> tuple[tuple[str, tuple[object, ...]], ...]:
+    """Of the fields that a request of this kind has: to ask it for others costs more than all of the check."""
+    return tuple((field, neutral) for field, neutral in _NEUTRAL.items() if field in kind.model_fields)
 
 
 def logprobs_of(request: ChatRequest | CompletionRequest) -> int | None:
