@@ -135,7 +135,7 @@ class Lane:
             except SllmError as error:
                 self.home.answer(node.RunFailed(order.request_id, order.register_epoch, type(error).__name__, str(error)))
         elif isinstance(order, node.Drop):
-            worker.drop(order.request_id)
+            worker.drop(order.request_id, order.register_epoch)
         elif isinstance(order, node.Move):
             threading.Thread(target=self._move, args=(order, worker), daemon=True).start()
 

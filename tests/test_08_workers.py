@@ -203,7 +203,7 @@ def test_up_and_down_and_up_again(launch: Launch, router: Router) -> None:
         worker.fall(Warmth.DEVICE)  # it stands there, or below: no fall
         stands = foot
         with pytest.raises(ModelError, match=f"worker w stands at {foot} and serves nothing"):
-            worker.drop("anything")
+            worker.drop("anything", 1)
     assert deaths.reasons == [] and not worker.gone
     worker.close()
     worker.close()
@@ -260,8 +260,8 @@ def test_requests_move_between_workers(launch: Launch, router: Router) -> None:
     assert router.told(session) == whole_text(session)
     dropped = router.begin(target, orders[-1].owner, (4, 5), max_new_tokens=100_000)
     router.ledger.end(dropped.request_id)
-    target.drop(dropped.request_id)
-    target.drop("of nobody")
+    target.drop(dropped.request_id, router.register.owner(dropped.request_id).epoch)
+    target.drop("of nobody", 1)
     router.check(target, orders[-1].owner)
 
 

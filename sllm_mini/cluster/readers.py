@@ -15,7 +15,7 @@ from sllm_mini.cluster.subscription import Subscription
 from sllm_mini.cluster.tally import Tally
 from sllm_mini.control import messages as m
 from sllm_mini.errors import ModelError
-from sllm_mini.inference.ownership import EpochRegister, OwnershipServer, TokenLedger
+from sllm_mini.inference.ownership import EpochRegister, Lines, OwnershipServer, TokenLedger
 from sllm_mini.inference.ownership.ledger import MAX_RESTARTS, LedgerPiece
 from sllm_mini.inference.session import Session
 
@@ -49,7 +49,8 @@ class Readers:
         self._numbers: dict[str, int] = {}
         self._over: dict[int, float] = {}
         """Requests that are over, with the time since when, oldest first."""
-        self._server = OwnershipServer(self.register, self.ledger, address)
+        self.lines = Lines()
+        self._server = OwnershipServer(self.register, self.ledger, address, self.lines)
         self.address = self._server.address
 
     # Of clients

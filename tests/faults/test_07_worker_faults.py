@@ -169,7 +169,7 @@ def test_an_order_to_a_dead_worker_fails_once_its_death_is_known(monkeypatch: py
 
         monkeypatch.setattr(worker._channel, "send", broken)
         with pytest.raises(WireError, match="worker one is gone"):
-            worker.ask(Drop(worker.next(), "nothing"), Done)
+            worker.ask(Drop(worker.next(), "nothing", 1), Done)
         assert worker.gone
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from sllm_mini.cluster.live.options import LiveOptions
@@ -196,7 +197,8 @@ class Carry:
             # Over already: the controller has to hear it again, with this decision. Else its owner is gone, and that is told next.
             return [] if self._router.is_open(number) else self.over(number)
         session, register_epoch = begun
-        placed.handle.give(node.Run(placed.id, session.request_id, register_epoch), session.to_bytes())
+        run, state = node.Run(placed.id, session.request_id, register_epoch), session.to_bytes()
+        self._router.lines.give(placed.owner, register_epoch, state, partial(placed.handle.give, run, state))
         return []
 
     def _migrate(self, number: int, source: Placed, target: Placed, epoch: int) -> None:

@@ -210,7 +210,7 @@ class Climber:
                 engine.complete([0], max_new_tokens=2, stop_at_eos=False)
             self._service = EngineService(
                 engine, owner=order.owner, address=order.address, arbiter=order.arbiter, pace_seconds=order.pace_seconds, interval_seconds=order.interval_seconds,
-                whole=(lambda: True) if instance is None or staged is not None else instance.arrived, on_error=self._on_error,
+                whole=(lambda: True) if instance is None or staged is not None else instance.arrived, on_error=self._on_error, line=True,
             )  # fmt: skip
             if instance is not None and staged is not None:
                 service = self._service

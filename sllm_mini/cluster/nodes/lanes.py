@@ -121,7 +121,7 @@ class Lane:
             self._begin(order, payload)
         elif isinstance(order, node.Drop):
             if self._worker is not None:
-                self._worker.drop(order.request_id)
+                self._worker.drop(order.request_id, order.register_epoch)
         elif isinstance(order, node.Move):
             threading.Thread(target=self._move, args=(order, self._worker), name=f"sllm-move-{self.instance}", daemon=True).start()
 

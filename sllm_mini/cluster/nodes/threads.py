@@ -74,9 +74,9 @@ class ThreadWorker:
         with self._asked():
             return self._climber.service.move(request_id, address, mode=mode, target_gap_tokens=target_gap_tokens)
 
-    def drop(self, request_id: str) -> None:
+    def drop(self, request_id: str, epoch: int) -> None:
         with self._asked():
-            self._climber.service.drop(request_id)
+            self._climber.service.drop(request_id, epoch)
 
     def stuck_seconds(self, seconds: float) -> float:
         with self._asked():

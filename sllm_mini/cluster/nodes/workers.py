@@ -62,8 +62,8 @@ class WorkerHandle(Protocol):
     def move(self, request_id: str, address: str, *, mode: Mode = "tokens", target_gap_tokens: int = 4) -> Report:
         """Moves a request to the worker that takes moves in at `address`."""
 
-    def drop(self, request_id: str) -> None:
-        """Nobody wants the request any more; also where it is not here."""
+    def drop(self, request_id: str, epoch: int) -> None:
+        """Nobody wants the request in that epoch any more; also where it is not here."""
 
     def stuck_seconds(self, seconds: float) -> float:
         """For how long the step under way has not ended although its bytes were there; 0 between steps. Raises WireTimeout where
@@ -153,8 +153,8 @@ class ProcessWorker:
     def move(self, request_id: str, address: str, *, mode: Mode = "tokens", target_gap_tokens: int = 4) -> Report:
         return self._worker.ask(messages.Move(self._worker.next(), request_id, address, mode, target_gap_tokens), messages.Moved).report
 
-    def drop(self, request_id: str) -> None:
-        self._worker.ask(messages.Drop(self._worker.next(), request_id), messages.Done)
+    def drop(self, request_id: str, epoch: int) -> None:
+        self._worker.ask(messages.Drop(self._worker.next(), request_id, epoch), messages.Done)
 
     def stuck_seconds(self, seconds: float) -> float:
         return self._worker.ask(messages.Ping(self._worker.next()), messages.Alive, seconds=seconds).stuck_seconds

@@ -88,8 +88,8 @@ class TokenFeed:
 
         With `guest`, what the engine has prepared for it is used; otherwise whatever the engine still has under its id, from
         a move or from an earlier epoch, is dropped first, and the others wait while `Engine.adopt` computes: in one piece, so that
-        a conversation that still fills the old guest cannot take the new one for it. Raises ModelError if the request speaks
-        here in a later epoch already: the order was overtaken.
+        a conversation that still fills the old guest cannot take the new one for it. One that speaks here in that epoch goes on as it does: it was
+        ordered twice. Raises ModelError if the request speaks here in a later epoch already: the order was overtaken.
         """
         name = session.request_id
         speaker = Speaker(self, name)
@@ -97,6 +97,9 @@ class TokenFeed:
             spoken = self.epoch(name)
             if spoken is not None and spoken > epoch:
                 raise ModelError(f"request {name!r} speaks here in epoch {spoken} already, and epoch {epoch} is over; nothing is left to do")
+            known = self._speakers.get(name)
+            if known is not None and spoken == epoch and name in self.engine.requests:
+                return known
             if not guest:
                 self.engine.drop(name, finish="moved")
             self.open(name, epoch)

@@ -78,7 +78,20 @@ class GiveUp(Message, frozen=True):
     reason: Annotated[str, Meta(max_length=8192)]
 
 
-Request = Owner | Claim | Release | Deliver | GiveUp
+class Serve(Message, frozen=True):
+    """This connection is a line of `owner`'s from now on: requests that become its own come over it, as `Begin`, and nothing else is asked."""
+
+    owner: OwnerName
+
+
+class Begun(Message, frozen=True):
+    """The answer to the `Begin` of that number: the owner has taken the request, or (`done` is False) could not."""
+
+    number: Count
+    done: bool
+
+
+Request = Owner | Claim | Release | Deliver | GiveUp | Serve | Begun
 
 
 class Owned(Message, frozen=True):
@@ -101,3 +114,10 @@ class Verdicts(Message, frozen=True):
 
 
 Answer = Owned | Claimed | Released | Verdicts
+
+
+class Begin(Message, frozen=True):
+    """Over a line: a request begins at its owner, or begins again, in that epoch. Payload: its session. Answered by `Begun`."""
+
+    number: Count
+    epoch: Count

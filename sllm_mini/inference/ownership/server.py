@@ -16,6 +16,7 @@ from typing import TypeVar
 from sllm_mini.errors import WireError
 from sllm_mini.inference.ownership import messages
 from sllm_mini.inference.ownership.ledger import TokenLedger
+from sllm_mini.inference.ownership.lines import Lines
 from sllm_mini.inference.ownership.register import EpochRegister, Ownership
 from sllm_mini.types import Epoch
 from sllm_mini.wire import Channel, Connections, connect
@@ -30,14 +31,16 @@ _A = TypeVar("_A", bound=messages.Answer)
 
 
 class OwnershipServer:
-    """Serves a register and a ledger, which it does not own, from the moment it is made until `close`.
+    """Serves a register and a ledger, which it does not own, from the moment it is made until `close`; with `lines`, owners may be given
+    requests over theirs.
 
     Any thread may call `close`. Raises WireError if the address cannot be had.
     """
 
-    def __init__(self, register: EpochRegister, ledger: TokenLedger, address: str | os.PathLike[str]) -> None:
+    def __init__(self, register: EpochRegister, ledger: TokenLedger, address: str | os.PathLike[str], lines: Lines | None = None) -> None:
         self._register = register
         self._ledger = ledger
+        self._lines = lines
         self._connections: Connections[messages.Request] = Connections(address, messages.Request, self._talk, name="sllm-arbiter")
         self.address = self._connections.address
         self.close = self._connections.close
@@ -50,7 +53,10 @@ class OwnershipServer:
 
     def _talk(self, channel: Channel[messages.Request]) -> None:
         while True:
-            channel.send(self._answer(channel.receive().message), timeout=ANSWER_SECONDS)
+            request = channel.receive().message
+            if isinstance(request, messages.Serve) and self._lines is not None:
+                return self._lines.serve(request.owner, channel)
+            channel.send(self._answer(request), timeout=ANSWER_SECONDS)
 
     def _answer(self, request: messages.Request) -> messages.Answer:
         if isinstance(request, messages.Deliver):
@@ -61,7 +67,9 @@ class OwnershipServer:
             return messages.Released(self._register.release(request.request_id, request.owner, request.epoch))
         if isinstance(request, messages.GiveUp):
             return messages.Released(self._ledger.give_up(request.request_id, request.epoch, request.reason))
-        return messages.Owned(*self._register.owner(request.request_id))
+        if isinstance(request, messages.Owner):
+            return messages.Owned(*self._register.owner(request.request_id))
+        raise WireError(f"nobody here takes {type(request).__name__}")
 
 
 class OwnershipClient:

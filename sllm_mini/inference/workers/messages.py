@@ -61,10 +61,11 @@ class Move(Message, frozen=True):
 
 
 class Drop(Message, frozen=True):
-    """Nobody wants the request any more. Answered by `Done`, also where it is not here."""
+    """Nobody wants the request in that epoch any more. Answered by `Done`, also where it is not here."""
 
     number: Number
     request_id: RequestName
+    epoch: Count
 
 
 class Ping(Message, frozen=True):

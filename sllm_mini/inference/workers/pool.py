@@ -214,11 +214,11 @@ class Workers:
     def cancel(self, request_id: str) -> None:
         """Ends a request for its reader and in its engine. Raises ModelError for a request that is not open."""
         self.ledger.end(request_id)
-        owner = self.register.owner(request_id).owner
+        owner, epoch = self.register.owner(request_id)
         if owner is not None:
             with suppress(WireError):  # its engine is gone, and nobody else takes a request over that has ended
                 worker = self._worker(owner)
-                worker.ask(messages.Drop(worker.next(), request_id), messages.Done)
+                worker.ask(messages.Drop(worker.next(), request_id, epoch), messages.Done)
 
     def kill(self, name: str) -> None:
         """Kills a worker process, as a failing machine would; what it ran begins again with the others."""

@@ -18,6 +18,7 @@ from sllm_mini.inference.migration import MoveOptions, migrate
 from sllm_mini.inference.migration.messages import Mode, Report
 from sllm_mini.inference.migration.target import MigrationServer
 from sllm_mini.inference.ownership.feed import TokenFeed
+from sllm_mini.inference.ownership.lines import Line
 from sllm_mini.inference.ownership.messages import Token, Verdict
 from sllm_mini.inference.ownership.server import OwnershipClient
 from sllm_mini.inference.session import Session
@@ -36,7 +37,7 @@ class EngineService:
 
     `on_error` is called once, on the thread that steps, with an error of a step that is no request's own, or with the feed's once
     the ledger cannot be told any more: nothing is stepped after it. `whole` says whether every byte of the weights is there, and raises
-    what ended their load: an error of no request's own either.
+    what ended their load: an error of no request's own either. With `line` the arbiter may give it requests itself.
     Raises WireError if the address cannot be had.
     """
 
@@ -51,6 +52,7 @@ class EngineService:
         pace_seconds: float = 0.0,
         interval_seconds: float = 0.0,
         whole: Callable[[], bool] = lambda: True,
+        line: bool = False,
     ) -> None:
         self.engine = engine
         self.owner = owner
@@ -74,6 +76,7 @@ class EngineService:
         self.address = self._moves.address
         self._thread = threading.Thread(target=self._step, name="sllm-steps", daemon=True)
         self._thread.start()
+        self._line = Line(arbiter, owner, self.run) if line else None
 
     def run(self, session: Session, epoch: int) -> None:
         """A request begins here, or begins again, and speaks in that epoch. Raises what `TokenFeed.adopt` raises."""
@@ -91,11 +94,9 @@ class EngineService:
                 self._leaving -= 1
                 self._left.notify_all()
 
-    def drop(self, request_id: str) -> None:
-        """Nobody wants the request any more; does nothing if it does not speak here."""
-        epoch = self._feed.epoch(request_id)
-        if epoch is not None:
-            self._feed.leave(request_id, epoch)
+    def drop(self, request_id: str, epoch: int) -> None:
+        """Nobody wants the request in that epoch any more; does nothing if it does not speak here in it."""
+        self._feed.leave(request_id, Epoch(epoch))
 
     def go_on_with(self, engine: Engine) -> None:
         """All that it runs goes on in another engine of the same weights, from the last token, and whatever comes from now on. Waits for moves
@@ -130,6 +131,8 @@ class EngineService:
         self._ledger.cut = True
         self._closed.set()
         self._awake.set()
+        if self._line is not None:
+            self._line.cut()
 
     def close(self) -> None:
         """Ends moves in, the steps and the feed, which sends what is left, and drops all requests: nothing of the service's holds the
@@ -137,6 +140,8 @@ class EngineService:
         move out of here does not end."""
         self._closed.set()
         self._awake.set()
+        if self._line is not None:
+            self._line.close()
         self._moves.close()
         self._thread.join()
         self._feed.close()

@@ -68,7 +68,7 @@ def serve_order(service: EngineService, order: messages.Run | messages.Move | me
     if isinstance(order, messages.Run):
         service.run(Session.from_bytes(payload), order.epoch)
     else:
-        service.drop(order.request_id)
+        service.drop(order.request_id, order.epoch)
     return messages.Done(order.number)
 
 
