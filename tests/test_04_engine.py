@@ -762,6 +762,24 @@ def test_a_tokenizer_is_read_back_from_its_directory(tmp_path: Path) -> None:
     assert loaded is not None and loaded.encode(CORPUS[1]) == tokenizer_of("byte_level").encode(CORPUS[1])
 
 
+def test_the_first_tokenizers_of_a_process_are_read_by_several_threads(tmp_path: Path) -> None:
+    """Each comes while the one before still imports transformers."""
+    Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    code = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+from sllm_mini.inference.text import load_tokenizer
+
+def read(number):
+    time.sleep(0.05 * number)
+    return load_tokenizer(sys.argv[1])
+
+with ThreadPoolExecutor(6) as pool:
+    assert None not in list(pool.map(read, range(6)))
+"""
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, timeout=100).returncode == 0
+
+
 def test_a_broken_tokenizer_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": 5}')
     with pytest.raises(ModelError, match=r"tokenizer files in .* cannot be read"):

@@ -9,6 +9,7 @@ Costs two small decodings a token whatever the length of the text. Taught in cha
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from sllm_mini.errors import ModelError
 _REPLACEMENT = "\ufffd"
 _TAIL = 16
 """Tokens of the prompt that are read again to join the answer to it."""
+_IMPORTING = threading.Lock()
+"""transformers puts another module in its place when it has been imported; a thread that asks for it meanwhile is given the first one, which has nothing."""
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -44,7 +47,8 @@ def load_tokenizer(source: str | os.PathLike[str] | Checkpoint) -> Any | None:
     folder = source.path if isinstance(source, Checkpoint) else Path(source)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer
+    with _IMPORTING:
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

@@ -118,9 +118,9 @@ class Loop:
             self.counts[name] = self.counts.get(name, 0) + 1
             now = self._now()
             actions = self._recorder.handle(event, now)
-            self.accountant.tell(Record(now, event, tuple(actions)))
             for action in actions:
                 events += self.carry.do(action)
+            self.accountant.tell(Record(now, event, tuple(actions)))  # after: nobody waits for it
 
     def stop(self) -> None:
         """Returns when the thread has done all that was posted before, and ended."""

@@ -5,10 +5,9 @@ called directly, with the worker's threads; each waits while another is asked. A
 after a rest, in which caches and processors have gone to others, and is told apart. What is added is the difference to the direct call that is as far in
 its row of the same round. Of a stream the first token is when its first text has come; of a request for one token, when its whole answer has.
 
-Measured alone on two hyperthreads of one shared core (AMD EPYC) on 2026-11-23, the tiny model, 25 rounds: the cluster adds 2.6 to 3.1 ms to a request
-for one token and HTTP 5 to 6, more than the 3 that it may, in a row or not. Of 5.0 ms in such a run 1.0 passed until `submit`, 1.7 until the worker's step,
-0.6 more than alone in the step, 0.5 until the server's loop heard of the token, 0.8 in the answer and 0.4 in what lies between: a dozen hand-overs of
-some 150 us each, in four processes that share one core's caches with the model. Shown in chapter 11.
+Measured alone on two cores (AMD EPYC) on 2026-11-24, the tiny model, 25 rounds: the cluster adds 1.0 to 1.4 ms to a request for one token and HTTP 2.4 to
+3.0, of the 3 that it may; on two hyperthreads of one core, a day before and with orders by way of the agent, it was 2.6 to 3.1 and 5 to 6. What is left is a
+dozen hand-overs of some 100 us each, between threads of four processes. Shown in chapter 11.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""One completion over a connection that stays open, timed where its bytes arrive: a socket, `http.client` and nothing else. Chapter 11."""
+"""One completion over a connection that stays open, timed where its bytes arrive: a socket, `http.client` and nothing else. Chapter 11.
+
+A request leaves in one piece, as curl's does: `http.client` alone sends its head first, and where processors are few the server that this wakes holds
+up the body.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ class Sender:
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise SllmError(f"{url} is no address of a server; give one such as http://127.0.0.1:8000")
-        self._connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=SECONDS)
+        self._connection = _Connection(parts.hostname, parts.port or 80, timeout=SECONDS)
         self._headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
 
     def send(self, body: dict[str, Any]) -> Sent:
@@ -64,6 +68,20 @@ class Sender:
 
     def close(self) -> None:
         self._connection.close()
+
+
+class _Connection(http.client.HTTPConnection):
+    """Keeps the head of a request until its body comes."""
+
+    _head = b""
+
+    def send(self, data: Any) -> None:
+        """Of what `endheaders` sends, which is a head and a body."""
+        if self._head:
+            head, self._head = self._head, b""
+            super().send(head + data)
+        else:
+            self._head = data
 
 
 def _read_stream(answer: http.client.HTTPResponse, began: float) -> Sent:
