@@ -1,7 +1,8 @@
 """A straight way for requests from whoever decides to the process that becomes their owner: `Lines` at one end, `Line` at the other. Chapter 08.
 
-An order that goes by way of a machine's agent passes four threads and a process more: 0.6 ms of a warm request on two cores. So an owner that serves calls the arbiter once more and takes its requests over that connection. Nothing rests on it: what finds no line,
-meets a full one, is not taken, or is not answered when its line ends, goes the other way; to be told of a request twice in one epoch is to be told once.
+An order that goes by way of a machine's agent passes four threads and a process more: 0.6 ms of a warm request on two cores. So an owner that serves
+calls the arbiter once more and takes its requests over that connection. Nothing rests on it: what finds no line, meets a full one, is not taken, or is
+not answered when its line ends, goes the other way; to be told of a request twice in one epoch is to be told once.
 """
 
 from __future__ import annotations
