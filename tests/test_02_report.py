@@ -19,7 +19,7 @@ import pytest
 import typer
 
 from sllm_mini.cli import main as cli
-from sllm_mini.errors import ResourceError
+from sllm_mini.errors import DeviceError, ResourceError
 from sllm_mini.lab import recorded
 from sllm_mini.lab.report import __main__ as command
 from sllm_mini.lab.report import host as host_module
@@ -423,7 +423,7 @@ def test_what_is_missing_takes_its_stages_with_it_and_is_said(folder: Folder, ab
 
 def test_a_program_that_is_missing_takes_only_its_units(folder: Folder) -> None:
     plan = plan_of(folder, programs={**dict.fromkeys(host_module._PROGRAMS, "/x"), "compute-sanitizer": None})
-    assert plan.skipped == {"kernels/memcheck": "compute-sanitizer not there"}
+    assert plan.skipped == {f"kernels/{tool}": "compute-sanitizer not there" for tool in ("memcheck", "racecheck")}
 
 
 def test_a_container_has_less_memory_than_its_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -791,7 +791,7 @@ def test_a_rehearsal_goes_through_every_stage_on_a_processor(stages: tuple[str, 
     planned = {unit.key for unit in Table(look(out, rehearsal=True), folder, checkout).plan().units}
     assert folder.entries.keys() == {key for key in planned if not stages or key in stages or key.split("/")[0] in stages}
     kernels = json.loads((folder.results / "kernels.json").read_text())
-    assert kernels["machine"]["gpu"] == "Recording GPU" and [r["name"] for r in kernels["results"]] == ["sum64", "xxh3_leaves"] and kernels["rehearsal"] == REHEARSAL
+    assert kernels["machine"]["gpu"] == "Recording GPU" and [r["name"] for r in kernels["results"]] == ["sum64", "xxh3_leaves", "decode_attention"] and kernels["rehearsal"] == REHEARSAL
     doctor = json.loads((folder.results / "doctor.json").read_text())
     assert doctor["limits"]["host_to_device_copy_bytes_per_second"] > 0 and doctor["machine"]["gpu"]["model"] == "Recording GPU"
     assert "1 skipped" in (folder.logs / "tests.gpu.log").read_text() and (out / "junit" / "00_on_gpu.xml").exists()
@@ -809,3 +809,27 @@ def test_a_rehearsal_goes_through_every_stage_on_a_processor(stages: tuple[str, 
     again = subprocess.run(asked, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0
     assert Folder(out, rehearsal=True).entries == folder.entries  # nothing was run twice
+
+
+@pytest.mark.parametrize("wrong", ["a token too few", "a token too many", "another scale"])
+def test_attention_that_is_wrong_is_named(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sllm_mini.device import fake_attention
+    from sllm_mini.device.fake import RecordingRuntime
+    from sllm_mini.lab.report.attention import check_attention
+
+    device, right = RecordingRuntime().device(), fake_attention.HostAttention
+    assert "float64" in check_attention(device, "cpu")
+
+    class Wrong(right):  # type: ignore[misc, valid-type]
+        def _chunks(self, length: int, window: int) -> Any:
+            more = {"a token too few": -1, "a token too many": 1}.get(wrong, 0)
+            for chunk, begin, end in super()._chunks(length, window):
+                yield chunk, begin, min(max(end + more, begin + 1), 700) if end == length else end
+
+        def attend(self, grid: Any, block: Any, args: Any) -> None:
+            scale = args[-1] + 4096 if wrong == "another scale" else args[-1]  # one part in two thousand
+            super().attend(grid, block, (*args[:-1], scale))
+
+    monkeypatch.setattr(fake_attention, "HostAttention", Wrong)
+    with pytest.raises(DeviceError, match=r"decode_attention of [0-9,]+ tokens"):
+        check_attention(RecordingRuntime().device(), "cpu")

@@ -119,6 +119,12 @@ def test_kernel_equals_sdpa_in_float64(gpu_for: Folder, data: st.DataObject) -> 
     check_drawn(gpu_for, data)
 
 
+@settings(max_examples=25)
+@given(data=st.data())
+def test_the_fakes_reference_equals_sdpa_in_float64(data: st.DataObject) -> None:
+    check_drawn(lambda _: RecordingRuntime().device(), data)
+
+
 @pytest.mark.slow
 @settings(max_examples=1000)
 @given(data=st.data())

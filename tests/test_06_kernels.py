@@ -222,7 +222,7 @@ def test_an_image_that_the_driver_refuses_is_passed_over(folders: KernelFolders)
     assert kernels.start is not None and kernels.start.state == "just in time" and "cannot run this" in kernels.start.notes[0]
     with pytest.raises(DeviceError, match="cannot run this compiled kernel"):
         Kernels(device, SOURCE, folders=folders, allowed=["ahead of time"])["sum64"]
-    assert cached_file(folders).read_bytes().endswith(FAKE_IMAGE + SOURCE.read_bytes())
+    assert cached_file(folders).read_bytes().endswith(FAKE_IMAGE + b"\n" + SOURCE.read_bytes())
 
 
 def test_a_source_that_does_not_compile_leaves_the_lock_free(source: Path, folders: KernelFolders) -> None:

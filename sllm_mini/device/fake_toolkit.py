@@ -41,7 +41,7 @@ FAKE_IMAGE = b"// an image of the fake's compiler\n"
 
 
 class FakeCompiler:
-    """"Compiles" a source into itself. `compiled` lists what it was asked for, `refusal` is what it says instead."""
+    """"Compiles" a source into itself, its options before it. `compiled` lists what it was asked for, `refusal` is what it says instead."""
 
     def __init__(self, version: str = "fake 1.0") -> None:
         self.version = version
@@ -52,7 +52,7 @@ class FakeCompiler:
         if self.refusal is not None:
             raise DeviceError(self.refusal)
         self.compiled.append((source.name, tuple(options), architecture))
-        return FAKE_IMAGE + source.read_bytes()
+        return FAKE_IMAGE + " ".join(options).encode() + b"\n" + source.read_bytes()
 
 
 class FakeToolkit:
@@ -62,7 +62,7 @@ class FakeToolkit:
         self.compiler: FakeCompiler = FakeCompiler()
         self.kernel_folders = KernelFolders()  # none: what the fake compiles is of no use to anybody else
         self._runtime = runtime
-        self._kernels = {"sum64": _sum64, "xxh3_leaves": _xxh3_leaves} if kernels is None else kernels
+        self._given = kernels
         self._thread = threading.local()
 
     @property
@@ -81,12 +81,12 @@ class FakeToolkit:
     def load(self, image: bytes, index: int) -> Callable[[str], Launcher]:
         if not image.startswith(FAKE_IMAGE):
             raise DeviceError(f"cuda:{index} cannot run this compiled kernel (it is not of this fake's compiler); delete it")
-        text = image.decode()
+        options, _, text = image.removeprefix(FAKE_IMAGE).decode().partition("\n")
 
         def function(name: str) -> Launcher:
-            if name not in self._kernels or f" {name}(" not in text.replace("\n", " "):
+            kernel = _own(name, options.split()) if self._given is None else self._given.get(name)
+            if kernel is None or f" {name}(" not in text.replace("\n", " "):
                 raise DeviceError(f"the compiled kernels have no kernel {name!r} that this fake can run; give it one in `kernels`")
-            kernel = self._kernels[name]
 
             def launch(grid: Sequence[int], block: Sequence[int], args: Sequence[object], handle: int) -> None:
                 def work() -> None:
@@ -132,6 +132,16 @@ class FakeToolkit:
         if not hasattr(self._thread, "streams"):
             self._thread.streams = {}
         return self._thread.streams
+
+
+def _own(name: str, options: Sequence[str]) -> HostKernel | None:
+    """The host's reference for a kernel of the package that was compiled with `options`; None for one it does not have."""
+    if name in ("decode_attention", "decode_attention_merge"):
+        from sllm_mini.device.fake_attention import HostAttention
+
+        attention = HostAttention(options)
+        return attention.attend if name == "decode_attention" else attention.merge
+    return {"sum64": _sum64, "xxh3_leaves": _xxh3_leaves}.get(name)
 
 
 class _Shared:

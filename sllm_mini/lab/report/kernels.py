@@ -1,7 +1,7 @@
 """The kernels of `csrc/` on this GPU: are they right, and what fraction of its memory's speed do they reach.
 
-Each is checked against its host reference on fresh random bytes of awkward lengths, then timed with CUDA events over
-a large range. The roof is a copy within the GPU's memory, timed in the same rounds and counted as two bytes moved per
+Each is checked against its host reference on fresh random input of awkward lengths, then timed with CUDA events over
+a large range: the sums over bytes, attention over keys and values. The roof is a copy within the GPU's memory, timed in the same rounds and counted as two bytes moved per
 byte copied, because a driver's nominal clock is often not told. Takes seconds and a third of the free memory at most.
 `python -m sllm_mini.lab.report.kernels [--check]` prints the bench document; with `--check` it only checks, on little
 memory, as `compute-sanitizer` wants it. Taught in chapter 02.
@@ -35,6 +35,7 @@ from sllm_mini.device.kernels import (
     sum64,
 )
 from sllm_mini.errors import DeviceError
+from sllm_mini.lab.report.attention import check_attention, timed_attention
 
 _CHECKED_NBYTES = (BLOCK_NBYTES, LEAF_NBYTES, 3 * LEAF_NBYTES + 5 * BLOCK_NBYTES, 100 * LEAF_NBYTES)
 _LARGEST_NBYTES = 8 << 30
@@ -54,7 +55,8 @@ def check_kernels(device: CudaDevice) -> list[str]:
                     raise DeviceError(f"sum64 of {length:,} bytes from byte {offset} is not its reference's; do not trust this GPU's sums")
             if not (leaf_digests(device, buffer, 16, nbytes, stream) == host_leaf_digests(random[16 : 16 + nbytes])).all():
                 raise DeviceError(f"xxh3_leaves of {nbytes:,} bytes is not its reference's; do not trust this GPU's hashes")
-    return [f"sum64 and xxh3_leaves equal their host references on {len(_CHECKED_NBYTES)} lengths from {min(_CHECKED_NBYTES):,} bytes on"]
+    sums = f"sum64 and xxh3_leaves equal their host references on {len(_CHECKED_NBYTES)} lengths from {min(_CHECKED_NBYTES):,} bytes on"
+    return [sums, check_attention(device, _place(device))]
 
 
 def measure_kernels(device: CudaDevice, *, nbytes: int | None = None, rounds: int = _ROUNDS) -> dict[str, Any]:
@@ -65,11 +67,14 @@ def measure_kernels(device: CudaDevice, *, nbytes: int | None = None, rounds: in
     out_nbytes = 8 * leaf_count(nbytes)
     with closing(device.stream()) as stream, closing(device.allocate(nbytes)) as source, closing(device.allocate(nbytes)) as target, closing(device.allocate(out_nbytes)) as out:
         stream.fill(source, 0, nbytes, 0x5A)
+        attention = timed_attention(device, _place(device), nbytes // 2)
         work: dict[str, Callable[[], None]] = {
             "copy within the GPU": lambda: stream.copy_on_device(target, 0, source, 0, nbytes),
             "sum64": lambda: enqueue_sum64(device, source, 0, nbytes, stream, out),
             "xxh3_leaves": lambda: enqueue_leaf_digests(device, source, 0, nbytes, stream, out),
+            attention.name: attention.enqueue,
         }
+        read = {"sum64": nbytes, "xxh3_leaves": nbytes, attention.name: attention.nbytes}
         for enqueue in work.values():  # compiles, and wakes the clocks
             _seconds(device, stream, enqueue)
         samples: dict[str, list[float]] = {name: [] for name in work}
@@ -77,6 +82,7 @@ def measure_kernels(device: CudaDevice, *, nbytes: int | None = None, rounds: in
             for name, enqueue in work.items():
                 samples[name].append(_seconds(device, stream, enqueue))
         _check_last(out, out_nbytes, stream)
+        attention.check()
     roof = 2 * nbytes / median(samples["copy within the GPU"])
     properties = device.properties()
     limits = {"device_memory_bytes_per_second": roof}
@@ -89,17 +95,16 @@ def measure_kernels(device: CudaDevice, *, nbytes: int | None = None, rounds: in
             {
                 "name": name,
                 "state": "in GPU memory",
-                "nbytes": nbytes,
-                "samples": seconds,
-                "seconds_median": median(seconds),
-                "seconds_min": min(seconds),
-                "seconds_max": max(seconds),
-                "bytes_per_second_median": nbytes / median(seconds),
-                "ratio_to_limit": nbytes / median(seconds) / roof,
+                "nbytes": count,
+                "samples": samples[name],
+                "seconds_median": median(samples[name]),
+                "seconds_min": min(samples[name]),
+                "seconds_max": max(samples[name]),
+                "bytes_per_second_median": count / median(samples[name]),
+                "ratio_to_limit": count / median(samples[name]) / roof,
                 "limit": "device_memory_bytes_per_second",
             }
-            for name, seconds in samples.items()
-            if name in ("sum64", "xxh3_leaves")
+            for name, count in read.items()
         ],
         "skipped": [],
     }
@@ -114,6 +119,11 @@ def _check_last(out: Buffer, nbytes: int, stream: CudaStream) -> None:
     stream.synchronize()
     if not (numpy.frombuffer(host.view, dtype=numpy.uint64) == host_leaf_digests(b"\x5a" * LEAF_NBYTES)[0]).all():
         raise DeviceError("xxh3_leaves gave other digests in its timed size than its reference; do not trust this GPU's hashes")
+
+
+def _place(device: CudaDevice) -> str:
+    """Where torch's tensors of this GPU are: those of the fake lie in the host's memory."""
+    return f"cuda:{device.index}" if _timed_by_gpu(device) else "cpu"
 
 
 def _timed_by_gpu(device: CudaDevice) -> bool:

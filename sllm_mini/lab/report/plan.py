@@ -98,8 +98,10 @@ class Table:
         size = ["--nbytes", 8 << 20] if self._rehearsal else []
         yield Unit("kernels", "speed", self._module(kernels, *size), 60, 240, "kernels.json", True, needs)
         sanitizer = self.host.programs.get("compute-sanitizer") or "compute-sanitizer"
-        checked = (sanitizer, "--error-exitcode", "9", "--target-processes", "all", *self._module(kernels, "--check"))
-        yield Unit("kernels", "memcheck", checked, 120, 400, modules=needs, programs=("compute-sanitizer",))
+        for tool in ("memcheck", "racecheck"):
+            checked = (sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *self._module(kernels, "--check"))
+            each_its_own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or a read past one tensor ends in its neighbour
+            yield Unit("kernels", tool, checked, 120, 400, modules=needs, programs=("compute-sanitizer",), env=each_its_own)
 
     def _bench(self) -> Iterator[Unit]:
         saved, device = self.folder.results / "cold_start.json", self._workers_device
