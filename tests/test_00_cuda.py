@@ -108,6 +108,8 @@ def test_buffers_garbage_collected_amid_other_calls(runtime: RecordingRuntime):
             ring.append(ring)
 
     worker = threading.Thread(target=churn)
+    gc.collect()
+    gc.freeze()  # else each collection looks through all that the tests before have left
     worker.start()
     try:
         host, buffer = device.allocate_host(1000), device.allocate(1000)
@@ -119,6 +121,7 @@ def test_buffers_garbage_collected_amid_other_calls(runtime: RecordingRuntime):
     finally:
         stop.set()
         worker.join()
+        gc.unfreeze()
     gc.collect()
     assert runtime.live_nbytes(1) == 0
 

@@ -361,17 +361,20 @@ def test_every_command_of_the_plan_takes_its_options_and_saves_where_its_result_
     """Those of the long rehearsal are run in it; that these commands do what they promise, the tests of each say."""
     folder = Folder(tmp_path / "out", rehearsal=rehearsal)
     seen = set()
-    for planned in Table(host(), folder, CHECKOUT).plan().units:
+    table = Table(host(), folder, CHECKOUT)
+    for planned in table.plan().units:
         if cli.__name__ in planned.command:
             words = list(planned.command[planned.command.index(cli.__name__) + 1 :])
             asked, found = [], typer.main.get_command(cli.app)
             while commands := getattr(found, "commands", None):
                 asked.append(words.pop(0))
                 found = commands[asked[-1]]
+            for product in planned.uses:
+                table.plan().products[product].path.mkdir(parents=True, exist_ok=True)  # as the runner does before
             given = found.make_context(planned.key, words).params  # a click.UsageError for an option that there is not
             assert given["json"] if planned.from_stdout else given["save"] == folder.results / str(planned.result)
             seen.add(" ".join(asked))
-    assert seen == {"doctor", "load", *(f"bench {name}" for name in ("load", "tiers", "overlap", "decode", "migrate", "warmup"))}
+    assert seen == {"doctor", "load", *(f"bench {name}" for name in ("load", "tiers", "overlap", "decode", "migrate", "serve", "start", "warmup"))}
 
 
 def test_the_parts_of_a_bench_are_all_of_its_loaders() -> None:

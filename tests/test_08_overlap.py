@@ -285,3 +285,24 @@ def test_a_load_that_fails_after_requests_were_taken_begins_again(opened: Callab
     world.check_log()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_nodes_of_processes_serve_what_an_engine_says(tmp_path: Path, device: str, overlap: bool) -> None:
+    """From every rung that a start can begin on."""
+    checkpoint = convert_checkpoint(resource("data/models/tiny"), tmp_path / "tiny.sllm")
+    engine = Engine.load(checkpoint, device)
+    expected = [engine.complete([5, 6, number + 1], max_new_tokens=8, stop_at_eos=False).text for number in range(2)]
+    node = NodeOptions(store_dram_nbytes=128 * MIB, cuda=device == "cuda", silent_seconds=10.0)
+    control = ControlOptions(keep_alive="forever")
+    nodes = even_cluster(1, devices=1, dram_nbytes=512 * MIB)
+    with open_cluster("local", folder=tmp_path / "c", nodes=nodes, control=control, options=LiveOptions(node=node, overlap=overlap, join_seconds=60.0)) as cluster:
+        spec = m.ModelSpec(name="tiny", nbytes=checkpoint.nbytes, concurrency=2, max_instances=1)
+        cluster.deploy(Deployment(spec, str(checkpoint.path)))
+        for warmth in (None, Warmth.DRAM, Warmth.DEVICE, Warmth.READY):
+            if warmth is not None:
+                cluster.unload("tiny")
+                assert cluster.wait(lambda now: not any(node.instances for node in now.nodes()), SECONDS)
+                cluster.prewarm("tiny", warmth)
+                assert cluster.wait(lambda now, warmth=warmth: any(one.warmth >= warmth for node in now.nodes() for one in node.instances), SECONDS)
+            streams = [cluster.submit(Ask("tiny", [5, 6, number + 1], 8, stop_at_eos=False)) for number in range(2)]
+            assert ["".join(piece.text for piece in stream) for stream in streams] == expected, warmth

@@ -28,6 +28,7 @@ from openai import (
 from serving_world import KEY, World, open_world
 
 from sllm_mini.checkpoint import convert_checkpoint
+from sllm_mini.device import cuda
 from sllm_mini.resources import resource
 
 CHAT: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -189,3 +190,10 @@ def test_serve_says_in_a_sentence_what_it_will_not_do(run: Run, tmp_path: Path, 
     assert "two folders" in run("serve", source, source).err
     assert run("serve", source, "--keep-alive", "soon").code == run("serve", source, "--cluster", "simulated").code == 2
     assert "no placement policy" in run("serve", source, "--placement", "nowhere").err
+    monkeypatch.setattr(cuda, "gpu_count", lambda: 1)
+    two = run("serve", source, "--cuda", "--devices", 2)
+    assert two.code == 1 and "2 GPUs were asked for and this machine has 1" in two.err
+    monkeypatch.setattr(cuda, "gpu_count", lambda: 0)
+    monkeypatch.setattr(cuda, "why_no_cuda", lambda: "there is no driver")
+    for asked in (("serve", source), ("bench", "start"), ("bench", "serve", "--overhead")):
+        assert "CUDA cannot be used: there is no driver" in run(*asked, "--cuda").err

@@ -34,6 +34,8 @@ def test_ratios_are_of_the_same_round_and_imports_stand_apart(tmp_path: Path) ->
     assert rows["process, memory"]["rest_samples"] == [1.0, 3.0] and rows["process, memory"]["ratio_without_imports_median"] == 2.5
     assert "ratio_to_peer_median" not in rows[PEER] and not rows[PEER]["same_text"] and rows["ready"]["same_text"]
     assert rows["process, disk"]["floor_seconds"] == 5.0 and rows["ready"]["floor_seconds"] == 1.0 and not found["skipped"]
+    on_gpu = {row["name"]: row["floor_seconds"] for row in document(samples, Options(2, cuda=True), 1, {"memory_copy": 1e9, "host_to_device_copy": 5e9}, 10**9, "")["results"]}
+    assert on_gpu["dram"] == 0.2 and on_gpu["device"] is on_gpu["ready"] is on_gpu["process, disk"] is None
     saved = tmp_path / "found.json"
     saved.write_text(json.dumps({**found, "machine": {}, "model": {}}))
     assert read_start(saved)["results"][0]["name"] == "process, disk"

@@ -28,6 +28,18 @@ def check_writable(*targets: Path | None) -> None:
             raise FileNotFoundError(2, "there is no such folder; make it first", str(target.parent))
 
 
+def check_gpus(count: int) -> None:
+    """Raises DeviceError where the driver shows fewer."""
+    from sllm_mini.device.cuda import gpu_count, why_no_cuda
+    from sllm_mini.errors import DeviceError
+
+    found = gpu_count()
+    if found == 0:
+        raise DeviceError(f"CUDA cannot be used: {why_no_cuda()}")
+    if found < count:
+        raise DeviceError(f"{count} GPUs were asked for and this machine has {found}; ask for fewer --devices")
+
+
 def deliver(
     document: dict[str, Any],
     show: Callable[[dict[str, Any]], None],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sllm_mini.cli import terminal
-from sllm_mini.cli.bench_options import RoundsOption, SaveOption, check_writable, deliver
+from sllm_mini.cli.bench_options import RoundsOption, SaveOption, check_gpus, check_writable, deliver
 from sllm_mini.cli.serve import KEY_VARIABLE
 from sllm_mini.cli.simulate_inputs import open_named
 from sllm_mini.cli.terminal import JsonOption
@@ -26,6 +26,7 @@ def serve(
     rounds: RoundsOption = 30,
     tokens: Annotated[int, typer.Option("--tokens", min=2, metavar="N", help="Of a text, for --overhead; each way is also asked for one.")] = 32,
     threads: Annotated[int, typer.Option("--threads", min=1, metavar="N", help="Threads that each engine computes with, for --overhead.")] = 1,
+    cuda: Annotated[bool, typer.Option("--cuda", help="On the first GPU, for --overhead.")] = False,
     server: Annotated[str | None, typer.Option("--server", metavar="URL", help=f"Play the trace on a server that runs, with the key in ${KEY_VARIABLE}, if any.")] = None,
     cluster: Annotated[str, typer.Option("--cluster", metavar="KIND:N", help="Else: nodes of the server that is started for it.")] = "local:2",
     requests: Annotated[int | None, typer.Option("--requests", min=1, metavar="N", help="The first so many of the trace alone.")] = None,
@@ -53,9 +54,11 @@ def serve(
         from sllm_mini.lab.servebench.overhead import Options as OverheadOptions
         from sllm_mini.lab.servebench.overhead import measure_overhead
 
+        if cuda:
+            check_gpus(1)
         checkpoint = open_checkpoint(named[0]) if named else tiny_checkpoint()
         with terminal.stage_progress() as stage:
-            document = measure_overhead(checkpoint, OverheadOptions(rounds, tokens, threads=threads), on_stage=stage)
+            document = measure_overhead(checkpoint, OverheadOptions(rounds, tokens, threads=threads, cuda=cuda), on_stage=stage)
         return deliver(document, _print_overhead, json=json, save=save)
     if not named:
         raise typer.BadParameter("give a trace, such as burst; or --overhead", param_hint="TRACE")

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from sllm_mini.cli import terminal
-from sllm_mini.cli.bench_options import FolderOption, RoundsOption, SaveOption, check_writable, deliver, print_skipped
+from sllm_mini.cli.bench_options import (
+    FolderOption,
+    RoundsOption,
+    SaveOption,
+    check_gpus,
+    check_writable,
+    deliver,
+    print_skipped,
+)
 from sllm_mini.cli.terminal import JsonOption
 from sllm_mini.errors import UnsupportedError
 from sllm_mini.lab.units import nbytes_text, seconds_text
@@ -20,6 +28,7 @@ def start(
     tokens: Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="Of each answer; the first is what is timed.")] = 8,
     threads: Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="That engines compute with.", show_default="one a CPU")] = None,
     peer: Annotated[bool, typer.Option("--peer/--no-peer", help="Measure transformers serve, too.")] = True,
+    cuda: Annotated[bool, typer.Option("--cuda", help="On the first GPU.")] = False,
     folder: FolderOption = None,
     json: JsonOption = False,
     save: SaveOption = None,
@@ -29,6 +38,8 @@ def start(
     In the same shuffled rounds transformers serve starts with the same model, cold. What a process imports until it says that it is up stands apart; what ours prepares by then is counted as the rest.
     """
     check_writable(save)
+    if cuda:
+        check_gpus(1)
     try:
         from sllm_mini.lab.startbench import Options, measure_start
     except ModuleNotFoundError as error:
@@ -36,7 +47,7 @@ def start(
     from sllm_mini.resources import resource
 
     with terminal.stage_progress() as stage:
-        document = measure_start(model or resource("data/models/tiny"), Options(rounds, tokens, threads, peer), folder=folder, on_stage=stage)
+        document = measure_start(model or resource("data/models/tiny"), Options(rounds, tokens, threads, peer, cuda), folder=folder, on_stage=stage)
     deliver(document, _print, json=json, save=save)
 
 
@@ -59,5 +70,5 @@ def _print(document: dict[str, Any]) -> None:
         )  # fmt: skip
     console.print(made)
     console.print("The rest has what a process prepares before it is asked counted in, as if it came after.")
-    console.print("The floor reads the weights once: from the disk, else at the speed of a copy within memory.")
+    console.print(f"The floor reads the weights once: from the disk, else at the speed of a copy {'to the GPU' if method['cuda'] else 'within memory'}.")
     print_skipped(console, document)

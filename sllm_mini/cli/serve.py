@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sllm_mini.cli import terminal
+from sllm_mini.cli.bench_options import check_gpus
 from sllm_mini.cli.checkpoints import parse_nbytes
 from sllm_mini.cli.terminal import JsonOption
 from sllm_mini.errors import SllmError, UnsupportedError
@@ -38,7 +39,7 @@ def serve(
         list[str] | None, typer.Argument(metavar="[NAME=]DIR…", help="A checkpoint, served under its folder's name or the one before it; with --state none is needed.", show_default=False)
     ] = None,
     cluster: Annotated[str, typer.Option("--cluster", metavar="KIND[:NODES]", help="Where models run: local (processes), inprocess (threads) or ray.")] = "local:1",
-    devices: Annotated[int, typer.Option("--devices", metavar="N", min=1, help="Of each node; an instance takes one.")] = 2,
+    devices: Annotated[int | None, typer.Option("--devices", metavar="N", min=1, help="Of each node; an instance takes one.", show_default="2; with --cuda the GPUs that there are")] = None,
     store_dram: Annotated[int, typer.Option("--store-dram", parser=parse_nbytes, metavar="SIZE", help="Memory of each node for models.")] = "4GiB",  # type: ignore[assignment]
     concurrency: Annotated[int, typer.Option("--concurrency", metavar="N", min=1, help="Requests that run at once in one instance.")] = 4,
     threads: Annotated[int, typer.Option("--threads", metavar="N", min=1, help="Of an instance on a CPU.")] = 1,
@@ -91,7 +92,7 @@ def serve(
     kind, _, count = cluster.partition(":")
     if kind not in ("local", "inprocess", "ray") or not (count or "1").isdecimal() or int(count or 1) < 1:
         raise typer.BadParameter(f'"{cluster}" is no cluster to serve from; write local:2, inprocess:1 or ray:2', param_hint="--cluster")
-    nodes = even_cluster(int(count or 1), devices=devices, dram_nbytes=store_dram)
+    nodes = even_cluster(int(count or 1), devices=_devices(devices, cuda=cuda, kind=kind), dram_nbytes=store_dram)
     control = _control(placement, keep_alive, autoscaler)
     control.controller()  # a name that no policy has is told before anything starts
     importing = threading.Thread(target=importlib.import_module, args=("transformers.models.auto.tokenization_auto",), name="sllm-import", daemon=True)
@@ -105,6 +106,17 @@ def serve(
         live = LiveOptions(node=node, overlap=True, revive=revive)
         opened = stack.enter_context(open_cluster(kind, folder=folder.path, nodes=nodes, control=control, options=live, resume="models" if resumed else False))
         _serve(Server, opened, options, folder, [*([] if resumed else before), *_new(deployments, before)], importing, json)
+
+
+def _devices(given: int | None, *, cuda: bool, kind: str) -> int:
+    """Of each node; raises DeviceError where they should be GPUs of this machine and are not there. Ray's nodes are elsewhere."""
+    if not cuda or kind == "ray":
+        return given or (1 if cuda else 2)
+    from sllm_mini.device.cuda import gpu_count
+
+    devices = given or max(1, gpu_count())
+    check_gpus(devices)
+    return devices
 
 
 def _new(given: Sequence[Deployment], before: Sequence[Deployment]) -> list[Deployment]:

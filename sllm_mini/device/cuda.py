@@ -275,6 +275,15 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def gpu_count() -> int:
+    """How many GPUs the driver shows this process, 0 without one. Imports neither cupy nor torch and makes no context."""
+    try:
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    except OSError:
+        return 0
+    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
 def cuda_available() -> bool:
     """Whether `get_device("cuda")` works."""
     return why_no_cuda() is None

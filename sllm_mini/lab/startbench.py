@@ -32,6 +32,7 @@ from typing import Any
 from sllm_mini.checkpoint import Checkpoint, convert_checkpoint
 from sllm_mini.cluster import ForkOptions, Zygote
 from sllm_mini.cluster.nodes.launchers import IMPORTS
+from sllm_mini.device import get_device
 from sllm_mini.device.cpu import cpu_count
 from sllm_mini.errors import SllmError
 from sllm_mini.inference.templates import prepare
@@ -58,12 +59,13 @@ Start = Callable[[str], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`rounds` of each row, with `tokens` a text; engines compute with `threads`, as many as there are CPUs where None. Raises ValueError."""
+    """`rounds` of each row, with `tokens` a text; engines compute with `threads`, as many as there are CPUs where None, with `cuda` on the first GPU. Raises ValueError."""
 
     rounds: int = 5
     tokens: int = 8
     threads: int | None = None
     peer: bool = True
+    cuda: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,13 +83,13 @@ def measure_start(model: str | os.PathLike[str], options: Options, *, folder: Pa
         say("converting the checkpoint")
         checkpoint = convert_checkpoint(source, Path(made) / "model.sllm")
         say("measuring the disk and memory")
-        limits = measure_limits(made, quick=True).bytes_per_second()
+        limits = measure_limits(made, device=get_device("cuda") if options.cuda else None, quick=True).bytes_per_second()
         with ExitStack() as stack:
             say("starting a server")
-            warm = stack.enter_context(_ours(checkpoint, threads))
+            warm = stack.enter_context(_ours(checkpoint, threads, cuda=options.cuda))
             runtime = stack.enter_context(Zygote(IMPORTS, [_TIMED]))
             names = (*PROCESSES, *RUNGS, *(() if skipped else (PEER,)))
-            samples = play(starts_of(checkpoint, source, warm, runtime, threads, options.tokens), names, options, say)
+            samples = play(starts_of(checkpoint, source, warm, runtime, threads, options), names, options, say)
         facts = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"), "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "machine": asdict(measure_machine(made)),
             "model": {"name": source.name, "nbytes": checkpoint.nbytes, "dtypes": sorted({each.dtype for each in checkpoint.index.tensors})},
@@ -124,7 +126,10 @@ def document(
 ) -> dict[str, Any]:  # fmt: skip
     """Pure. Ratios are of seconds in the same round, the peer's over ours; over 1 ours was sooner."""
     disk = max(limits.get("disk_direct_read", 0.0), limits.get("disk_buffered_read", 0.0))
-    floors: dict[str, float | None] = dict.fromkeys(samples, nbytes / limits["memory_copy"] if "memory_copy" in limits else None)
+    brought = limits.get("host_to_device_copy" if options.cuda else "memory_copy")
+    floors: dict[str, float | None] = dict.fromkeys(samples, nbytes / brought if brought else None)
+    if options.cuda:
+        floors |= {"device": None, "ready": None}  # the weights are where they are used
     floors["process, disk"] = nbytes / disk if disk else None
     peer, ours = samples.get(PEER), samples[PROCESSES[0]]
     rows = []
@@ -156,7 +161,7 @@ def read_start(path: str | os.PathLike[str]) -> dict[str, Any]:
     return read_document(path, KIND)
 
 
-def starts_of(checkpoint: Checkpoint, source: Path, warm: str, runtime: Zygote, threads: int, tokens: int) -> Start:
+def starts_of(checkpoint: Checkpoint, source: Path, warm: str, runtime: Zygote, threads: int, options: Options) -> Start:
     """`warm` is the address of our server that runs, `runtime` what forks can prepare the model in."""
     files = [path for path in Path(checkpoint.path).rglob("*") if path.is_file()]
     plain = [path for path in source.iterdir() if path.suffix == ".safetensors"]
@@ -165,16 +170,16 @@ def starts_of(checkpoint: Checkpoint, source: Path, warm: str, runtime: Zygote, 
         if name in RUNGS:
             with AdminClient(warm) as admin:
                 _wait_at(admin, name)
-            return _asked(warm, "model", tokens, time.perf_counter(), 0.0)
+            return _asked(warm, "model", options.tokens, time.perf_counter(), 0.0)
         if name == PEER:
             make_warm(plain)
-            opened, asks_for = _peer(threads), os.fspath(source)
+            opened, asks_for = _peer(threads, cuda=options.cuda), os.fspath(source)
         else:
             (make_cold if name == "process, disk" else make_warm)(files)
-            opened, asks_for = _ours(checkpoint, threads), "model"
+            opened, asks_for = _ours(checkpoint, threads, cuda=options.cuda), "model"
         began = time.perf_counter()
         with opened as url:
-            found = _asked(url, asks_for, tokens, began, time.perf_counter() - began)
+            found = _asked(url, asks_for, options.tokens, began, time.perf_counter() - began)
         return found if name == PEER else found | {"prepared_seconds": _prepared_seconds(runtime, checkpoint)}
 
     return start
@@ -224,17 +229,17 @@ def _asked(url: str, model: str, tokens: int, began: float, imports: float) -> d
 
 
 @contextmanager
-def _ours(checkpoint: Checkpoint, threads: int) -> Iterator[str]:
+def _ours(checkpoint: Checkpoint, threads: int, *, cuda: bool) -> Iterator[str]:
     port, memory = _free_port(), max(1 << 30, 2 * checkpoint.nbytes)
     command = [sys.executable, "-m", "sllm_mini.cli.main", "serve", f"model={checkpoint.path}", "--port", str(port), "--cluster", "local:1", "--threads", str(threads)]
-    with _process([*command, "--store-dram", str(memory), "--keep-alive", "-1", "--json"], port) as url:
+    with _process([*command, "--store-dram", str(memory), "--keep-alive", "-1", "--json", *(["--cuda", "--devices", "1"] if cuda else [])], port) as url:
         yield url
 
 
 @contextmanager
-def _peer(threads: int) -> Iterator[str]:
+def _peer(threads: int, *, cuda: bool) -> Iterator[str]:
     port = _free_port()
-    command = [os.fspath(Path(sys.executable).parent / "transformers"), "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    command = [os.fspath(Path(sys.executable).parent / "transformers"), "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cuda" if cuda else "cpu"]
     with _process(command, port, HF_HUB_OFFLINE="1", OMP_NUM_THREADS=str(threads)) as url:
         yield url
 

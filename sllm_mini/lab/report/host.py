@@ -24,6 +24,8 @@ from sllm_mini.lab.children import last_line
 
 CORE = ("msgspec", "numpy", "rich", "safetensors", "tokenizers", "torch", "transformers", "typer", "xxhash")
 """What the package itself needs."""
+SERVER = ("fastapi", "httptools", "jinja2", "prometheus_client", "uvicorn", "uvloop")
+"""What the server needs beside it."""
 _FALLS_AWAY = {
     **dict.fromkeys(CORE, "nearly everything; the package needs it"),
     "cupy": "everything that uses the GPU",
@@ -35,6 +37,7 @@ _FALLS_AWAY = {
     "nbformat": "the stage chapters",
     "ipykernel": "the stage chapters",
     "matplotlib": "the stage chapters and every picture",
+    **dict.fromkeys(SERVER, "benches of the server"),
     "ipywidgets": "sliders in chapters; their static twins stay",
 }
 _PROGRAMS = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sllm_mini.lab.report.folder import Folder
-from sllm_mini.lab.report.host import CORE, Host, module_command
+from sllm_mini.lab.report.host import CORE, SERVER, Host, module_command
 from sllm_mini.lab.report.scripts import CHAPTERS_MODEL, COLD_START, MODEL
 from sllm_mini.lab.report.unit import STAGE_SECONDS, Plan, Product, Unit
 
@@ -123,6 +123,7 @@ class Table:
                 if not self._rehearsal or self._on_a_disk():
                     yield self._whole(model, "overlap", _OVERLAP_MOVES, "--device", device, *(("--tokens", 8) if self._rehearsal else ()))
         yield from self._requests()
+        yield from self._served()
         yield from self._warmups()
 
     def _requests(self) -> Iterator[Unit]:
@@ -134,6 +135,19 @@ class Table:
             yield self._resident("decode", model, *(small if self._rehearsal else ("--batch", 1, "--batch", 8, "--batch", 32, "--prompt-tokens", 256)))
             contexts = (16,) if self._rehearsal else (128, 512, 2000, 8000)
             yield self._resident("migrate", model, "--rounds", 1 if self._rehearsal else 3, *(word for context in contexts for word in ("--context", context)))
+
+    def _served(self) -> Iterator[Unit]:
+        """Starts as a client of the server sees them, and what the platform adds to a request that has no start."""
+        model, rounds = (_TINY, 1) if self._rehearsal else (_WARMUP_SHAPE, 3)
+        cuda, needs = ([] if self._rehearsal else ["--cuda"]), (*CORE, *SERVER, *(() if self._rehearsal else ("cupy",)))
+        if model not in self._too_large_for(self._workers_device):
+            source = self.checkout / "data/models/tiny" if self._rehearsal else self._model(model)
+            saved = self.folder.results / f"bench_start_{model.replace('-', '_')}.json"
+            asked = ["bench", "start", source, "--rounds", rounds, "--dir", self.folder.scratch, "--save", saved, *(["--no-peer"] if self._rehearsal else []), *cuda]
+            yield Unit("bench", f"start-{model}", (sys.executable, "-m", "sllm_mini.cli.main", *map(str, asked)), 60 if self._rehearsal else 300, result=saved.name, modules=needs, uses=() if self._rehearsal else (model,))
+        saved = self.folder.results / "bench_serve_overhead.json"
+        asked = ["bench", "serve", "--overhead", "--rounds", 1 if self._rehearsal else 25, "--tokens", 4 if self._rehearsal else 16, "--save", saved, *cuda]
+        yield Unit("bench", "serve-overhead", (sys.executable, "-m", "sllm_mini.cli.main", *map(str, asked)), 30 if self._rehearsal else 60, result=saved.name, modules=needs, env={"SLLM_MINI_WORK": str(self.folder.scratch)})
 
     def _resident(self, bench: str, model: str, *options: object) -> Unit:
         saved = self.folder.results / f"bench_{bench}_{model.replace('-', '_')}.json"
@@ -275,7 +289,7 @@ class Table:
         found = {f"bench/load-{shape}-{device}": reason for device in ("cuda", "cpu") for shape, reason in self._too_large_for(device).items()}
         if (why := self._too_large_for("cuda").get(_WARMUP_SHAPE)) is not None:
             found["bench/warmup-cuda"] = why
-        return found | {f"bench/{bench}-{shape}": reason for bench in ("tiers", "overlap", "decode", "migrate") for shape, reason in self._too_large_for(self._workers_device).items()}
+        return found | {f"bench/{bench}-{shape}": reason for bench in ("tiers", "overlap", "decode", "migrate", "start") for shape, reason in self._too_large_for(self._workers_device).items()}
 
     def _why_not(self, shape: str, *, on_gpu: bool) -> str | None:
         """The first thing there is too little of. On disk lie the model, our checkpoint and one peer's file; in memory

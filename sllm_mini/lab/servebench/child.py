@@ -1,4 +1,4 @@
-"""Two of the processes of `overhead`: `client URL` sends, `direct CHECKPOINT THREADS` calls an engine of its own. Each reads a question a line and
+"""Two of the processes of `overhead`: `client URL` sends, `direct CHECKPOINT THREADS DEVICE` calls an engine of its own. Each reads a question a line and
 answers it with a line of JSON, until its input ends. Run with `python -m`. Chapter 11."""
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 from sllm_mini.lab.servebench.sender import Sender
 
 
-def direct(path: str, threads: int) -> None:
+def direct(path: str, threads: int, device: str) -> None:
     import torch
 
     from sllm_mini.inference import Engine
 
     torch.set_num_threads(threads)
-    engine = Engine.load(path)
+    engine = Engine.load(path, device)
     for line in _questions():
         asked = json.loads(line)
         began, first, text, count = time.perf_counter(), None, "", 0
@@ -47,6 +47,6 @@ def _answer(found: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "direct":
-        direct(sys.argv[2], int(sys.argv[3]))
+        direct(sys.argv[2], int(sys.argv[3]), sys.argv[4])
     else:
         client(sys.argv[2])

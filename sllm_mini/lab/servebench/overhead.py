@@ -44,12 +44,13 @@ Ask = Callable[[str, int], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`rounds` of every way with one token and with `tokens`, `in_a_row` at a time; engines have `threads` each. Raises ValueError."""
+    """`rounds` of every way with one token and with `tokens`, `in_a_row` at a time; engines have `threads` each, with `cuda` the first GPU. Raises ValueError."""
 
     rounds: int = 30
     tokens: int = 32
     in_a_row: int = 4
     threads: int = 1
+    cuda: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -127,20 +128,22 @@ def _opened(checkpoint: Checkpoint, options: Options) -> Iterator[Ask]:
     from sllm_mini.cluster.api import Deployment
     from sllm_mini.cluster.live.options import ControlOptions, LiveOptions, NodeOptions
     from sllm_mini.cluster.opening import open_cluster
+    from sllm_mini.cluster.simulated.run import even_cluster
     from sllm_mini.control.messages import ModelSpec
     from sllm_mini.inference.text import load_tokenizer
     from sllm_mini.serving.options import ServeOptions
     from sllm_mini.serving.server import Server
 
     prompt: str | list[int] = _PROMPT if load_tokenizer(Path(checkpoint.path)) is not None else [2, 3, 4, 5]
-    node = NodeOptions(store_dram_nbytes=max(1 << 30, 2 * checkpoint.nbytes), threads=options.threads, silent_seconds=10.0, stuck_seconds=60.0)
+    dram = max(1 << 30, 2 * checkpoint.nbytes)
+    node = NodeOptions(store_dram_nbytes=dram, threads=options.threads, cuda=options.cuda, silent_seconds=10.0, stuck_seconds=60.0)
     control = ControlOptions(keep_alive="forever")
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sllm-servebench-", ignore_cleanup_errors=True))
-        cluster = stack.enter_context(open_cluster("local:1", folder=Path(folder), control=control, options=LiveOptions(node=node, join_seconds=60.0)))
+        cluster = stack.enter_context(open_cluster("local", folder=Path(folder), nodes=even_cluster(1, devices=1, dram_nbytes=dram), control=control, options=LiveOptions(node=node, join_seconds=60.0)))
         cluster.deploy(Deployment(ModelSpec(name="model", nbytes=checkpoint.nbytes, concurrency=4, max_instances=1), os.fspath(checkpoint.path)))
         server = stack.enter_context(Server(cluster, ServeOptions(port=0)))
-        over_http, directly = stack.enter_context(_child("client", server.url)), stack.enter_context(_child("direct", os.fspath(checkpoint.path), str(options.threads)))
+        over_http, directly = stack.enter_context(_child("client", server.url)), stack.enter_context(_child("direct", os.fspath(checkpoint.path), str(options.threads), "cuda" if options.cuda else "cpu"))
 
         def submitted(tokens: int) -> dict[str, Any]:
             began, first, text, count = time.perf_counter(), None, "", 0
