@@ -79,3 +79,44 @@ def test_a_file_that_is_none_is_one_sentence_and_the_readme_stays(capsys: pytest
     (tmp_path / "text").write_text("no document")
     assert main([str(tmp_path / "text")]) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1 and (tmp_path / "README.md").read_text() == "as it was"
+
+
+def on_a_gpu(folder: Path, name: str, *, nbytes: int | None = None, **changes: Any) -> dict[str, Any]:
+    """What this machine recorded, as a report on a GPU would have left it."""
+    document = json.loads((RESULTS / "cpu" / f"{name}.json").read_text(encoding="utf-8"))
+    document["method"] |= {"device": "cuda"} if "device" in document["method"] else {"cuda": True}
+    document |= changes | ({"model": document["model"] | {"name": "large", "nbytes": nbytes}} if nbytes else {})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}-{nbytes}-{len(list(folder.iterdir()))}.json").write_text(json.dumps(document))
+    return document
+
+
+def test_of_a_gpus_runs_the_largest_model_is_told_whatever_part_a_unit_measured(tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "a-gpu"
+    rows = json.loads((RESULTS / "cpu" / "bench-load.json").read_text(encoding="utf-8"))["results"]
+    peers = [row for row in rows if row["kind"] == "peer"]
+    for state in ("cold", "warm"):
+        on_a_gpu(folder, "bench-load", results=[row for row in rows if row["state"] == state])
+        on_a_gpu(folder, "bench-load", nbytes=16_000_000_000, results=[row for row in rows if row["state"] == state and row not in peers and "no hashing" not in row["name"]])
+    start = on_a_gpu(folder, "bench-start")
+    on_a_gpu(folder, "bench-start", nbytes=16_000_000_000, results=[row for row in start["results"] if row["name"] != "transformers serve"])
+    for name in ("bench-overlap", "bench-migrate", "bench-serve-overhead"):
+        on_a_gpu(folder, name)
+    on_a_gpu(folder, "bench-load", nbytes=20_000_000_000, method={"device": "cpu"})
+    kernel = {"name": "sum64", "nbytes": 8_000_000_000, "bytes_per_second_median": 4e12, "ratio_to_limit": 0.9}
+    stamped = {"kind": "sllm-mini kernels", "machine": {"gpu": "A GPU"}, "method": {"device": "cuda:0"}, "results": [kernel], "recorded": {"date": "2026-01-02"}}
+    (folder / "0.json").write_text(json.dumps(stamped))
+    lines = table(tmp_path / "results").splitlines()
+    assert ", a-gpu, 2026-01-02 to 2026" in lines[0] and "unnamed" not in lines[0]
+    told = "\n".join(lines)
+    assert "| kernel sum64 over 8.00 GB in the GPU's memory | 4.00 TB/s | 0.90 of the bytes" in told
+    assert len([line for line in lines if line.startswith("| load large, 16.0 GB from the ") and "to the GPU" in line and line.endswith("| no peer was there |")]) == 2
+    assert "20.0 GB" not in told and "opt-125m from" not in told and told.count("| no peer was there |") == 5
+
+
+@pytest.mark.parametrize("name", ["bench-start", "bench-serve-overhead"])
+def test_no_run_on_a_gpu_is_kept_as_one_without(tmp_path: Path, name: str) -> None:
+    on_a_gpu(tmp_path / "saved", name)
+    (path,) = (tmp_path / "saved").iterdir()
+    with pytest.raises(FormatError, match="measured on cuda"):
+        keep(path, tmp_path / "results" / "cpu")

@@ -20,7 +20,7 @@ from sllm_mini.errors import FormatError, SllmError
 from sllm_mini.lab.recorded import code_hash
 from sllm_mini.lab.report.folder import write_json
 from sllm_mini.lab.report.record import without_folders
-from sllm_mini.lab.units import nbytes_text, seconds_text
+from sllm_mini.lab.units import nbytes_text, rate_text, seconds_text
 from sllm_mini.resources import resource
 
 BEGIN, END = "<!-- headlines: made by sllm_mini.lab.headlines -->", "<!-- /headlines -->"
@@ -51,7 +51,7 @@ def keep(path: Path, folder: Path) -> Path:
     FormatError for what is no document with a headline, or was measured on a GPU, OSError."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        kind, device = document["kind"], document["method"].get("device", "cpu")
+        kind, device = document["kind"], _device(document)
         lines, day = list(_LINES[kind](document)), _day(document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError("it is not a document that a bench saved, or one without a headline figure", path=path) from error
@@ -72,6 +72,8 @@ def table(root: Path) -> str:
             document = json.loads(path.read_text(encoding="utf-8"))
             if document.get("kind") in _LINES:
                 found.append((path, document))
+        if folder.name != _CPU:
+            found = _of_the_gpu(found)
         if found:
             parts.append("\n".join(_part(folder.name, found)))
     return "\n\n".join(parts)
@@ -86,8 +88,27 @@ def with_table(text: str, made: str) -> str:
     return f"{before}{BEGIN}\n{made}\n{END}{after}"
 
 
+def _of_the_gpu(found: Sequence[tuple[Path, Document]]) -> list[tuple[Path, Document]]:
+    """Of all that a report records there, what ran on the GPU; of each bench, the largest model alone."""
+    there = [(path, document) for path, document in found if _device(document) != "cpu"]
+    largest: dict[str, int] = {}
+    for _, document in there:
+        largest[document["kind"]] = max(largest.get(document["kind"], 0), _nbytes(document))
+    return [(path, document) for path, document in there if _nbytes(document) == largest[document["kind"]]]
+
+
+def _nbytes(document: Document) -> int:
+    return int(document.get("model", {}).get("nbytes", 0))
+
+
+def _device(document: Document) -> str:
+    """What it was measured on. Multicast and the like know no device but the CPU's memory."""
+    method = document["method"]
+    return str(method.get("device", "cuda" if method.get("cuda") else "cpu"))
+
+
 def _part(name: str, found: Sequence[tuple[Path, Document]]) -> Iterator[str]:
-    machine = found[0][1]["machine"]
+    machine = next((document["machine"] for _, document in found if "processor" in document["machine"]), {"processor": "an unnamed processor", "cpu_count": "some"})
     where = "without a GPU" if name == _CPU else name
     days = sorted({_day(document) for _, document in found})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
@@ -97,11 +118,14 @@ def _part(name: str, found: Sequence[tuple[Path, Document]]) -> Iterator[str]:
         try:
             for what, ours, beside in _LINES[document["kind"]](document):
                 yield f"| {what} | {ours} | {beside} |"
-        except (KeyError, TypeError, StopIteration) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"the figure of its headline is not there ({error})", path=path) from error
 
 
 def _day(document: Document) -> str:
+    """In UTC; what ran in a report says it in its stamp alone."""
+    if "date" not in document:
+        return str(document["recorded"]["date"])
     return datetime.fromisoformat(document["date"]).astimezone(UTC).date().isoformat()
 
 
@@ -116,16 +140,22 @@ def _times(row: Document, name: str, places: int = 1) -> str:
 
 
 def _load(document: Document) -> Iterator[Line]:
+    target = "" if _device(document) == "cpu" else " to the GPU"
     for state, place in (("cold", "disk"), ("warm", "page cache")):
         rows = [row for row in document["results"] if row["state"] == state]
-        ours, unchecked = (next(row for row in rows if row["name"] == name) for name in (document["reference"], f"{document['reference']}, no hashing"))
+        named = {row["name"]: row for row in rows}
+        ours, unchecked = (named.get(name) for name in (document["reference"], f"{document['reference']}, no hashing"))
+        if ours is None:  # that state was not measured
+            continue
         best: dict[str, Document] = {}
-        for row in sorted((row for row in rows if row["kind"] == "peer"), key=lambda row: float(row["ratio_to_reference_median"])):
+        for row in sorted((row for row in rows if row["kind"] == "peer" and row["ratio_to_reference_median"]), key=lambda row: float(row["ratio_to_reference_median"])):
             best.setdefault(row["package"], row)
-        limit = f", {ours['ratio_to_limit']:.2f} of what the {'disk gives' if state == 'cold' else 'memory allows'}" if ours["ratio_to_limit"] else ""
-        told = f"{seconds_text(ours['seconds_median'])} with every hash checked{limit}; {seconds_text(unchecked['seconds_median'])} without"
+        gives = "disk gives" if state == "cold" else "way to the GPU allows" if target else "memory allows"
+        limit = f", {ours['ratio_to_limit']:.2f} of what the {gives}" if ours["ratio_to_limit"] else ""
+        told = f"{seconds_text(ours['seconds_median'])} with every hash checked{limit}" + (f"; {seconds_text(unchecked['seconds_median'])} without" if unchecked else "")
         beside = ", ".join(f"{row['name']} {_times(row, 'ratio_to_reference', 2)}" for row in best.values())
-        yield f"load {_model(document)} from the {place} and use every byte", told, f"its seconds over ours with hashes, the best setting of each package: {beside}"
+        beside = f"its seconds over ours with hashes, the best setting of each package: {beside}" if beside else "no peer was there"
+        yield f"load {_model(document)} from the {place}{target} and use every byte", told, beside
 
 
 def _overlap(document: Document) -> Iterator[Line]:
@@ -139,9 +169,12 @@ def _overlap(document: Document) -> Iterator[Line]:
 
 def _start(document: Document) -> Iterator[Line]:
     rows = {row["name"]: row for row in document["results"]}
-    peer = rows["transformers serve"]
+    peer = rows.get("transformers serve")
     for name, what in (("ready", "it is ready"), ("dram", "weights in memory, process and libraries there"), ("process, disk", "nothing runs")):
         row = rows[name]
+        if peer is None:
+            yield f"first token of {_model(document)}: {what}", seconds_text(row["seconds_median"]), "no peer was there"
+            continue
         rest = f"; without what both import {_times(row, 'ratio_without_imports')}" if name == "process, disk" else ""
         yield f"first token of {_model(document)}: {what}", seconds_text(row["seconds_median"]), f"`transformers serve` from cold ({seconds_text(peer['seconds_median'])}): {_times(row, 'ratio_to_peer')}{rest}"
 
@@ -176,9 +209,16 @@ def _overhead(document: Document) -> Iterator[Line]:
             yield f"a warm request of one token {how}", f"+{seconds_text(row['added_one_token_seconds_median'])}", f"its engine called directly: {direct}"
 
 
+def _kernels(document: Document) -> Iterator[Line]:
+    for row in document["results"]:
+        roof = f"{row['ratio_to_limit']:.2f} of the bytes that a copy within its memory moves in that time"
+        yield f"kernel {row['name']} over {nbytes_text(row['nbytes'])} in the GPU's memory", rate_text(row["bytes_per_second_median"]), roof
+
+
 _LINES: Mapping[str, Callable[[Document], Iterator[Line]]] = {
     "sllm-mini bench load": _load, "sllm-mini bench overlap": _overlap, "sllm-mini bench start": _start, "sllm-mini bench decode": _decode,
     "sllm-mini bench migrate": _migrate, "sllm-mini bench multicast": _multicast, "sllm-mini bench serve overhead": _overhead,
+    "sllm-mini kernels": _kernels,
 }  # fmt: skip
 
 

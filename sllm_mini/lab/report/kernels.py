@@ -89,6 +89,7 @@ def measure_kernels(device: CudaDevice, *, nbytes: int | None = None, rounds: in
     if properties.memory_bytes_per_second:
         limits["device_memory_nominal_bytes_per_second"] = properties.memory_bytes_per_second
     return {
+        "kind": "sllm-mini kernels", "method": {"device": device.name, "rounds": rounds},
         "machine": {"gpu": properties.model, "timer": "CUDA events" if _timed_by_gpu(device) else "host clock"},
         "limits": limits,
         "results": [
