@@ -7,7 +7,7 @@ import http.client
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +263,10 @@ def test_the_way_to_a_gpu_is_measured_and_a_client_without_one_is_skipped(subjec
         row = found["DRAM → GPU"][0]
         assert row.limits == ("host_to_device_copy",) and run.samples[row][0]["seconds"] >= run.samples[row][0]["load"] > 0
         steps._empty()  # a load is counted a moment after its last byte
-        eventually(lambda: steps.store.stats().moved_nbytes["disk->cuda:0"] >= 2 * subject.checkpoint.nbytes)
-        assert steps.store.stats().moved_nbytes["dram->cuda:0"] == 2 * subject.checkpoint.nbytes  # the first is not believed
+        with suppress(AssertionError):
+            eventually(lambda: steps.store.stats().moved_nbytes["disk->cuda:0"] >= 2 * subject.checkpoint.nbytes)
+        moved = steps.store.stats().moved_nbytes
+        assert moved["disk->cuda:0"] >= 2 * subject.checkpoint.nbytes == moved["dram->cuda:0"], (moved, steps.store.models())  # the first is not believed
         assert found["disk → GPU"][0].limits == ("disk_direct_read", "host_to_device_copy")
         assert found["GPU → another process, tiny"][0].target_seconds == 0.02
     assert [skipped.name for skipped in run.skipped] == ["GPU → another process, tiny"]

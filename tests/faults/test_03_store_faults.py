@@ -316,8 +316,9 @@ def test_a_remote_model_that_changes_under_the_reader(tmp_path: Path, models: Pa
         with gated(remote, *PARTITIONS[2:]):
             model = store.attach("a")
             assert model.wait_for(model.layers[1], 20)
-            shutil.rmtree(remote.folder / "a")
-            write_model(remote.folder / "a", seed=7)
+            write_model(remote.folder / "new", seed=7)
+            (remote.folder / "a").rename(remote.folder / "old")  # at once: a reader that asks again must not find nothing
+            (remote.folder / "new").rename(remote.folder / "a")
         with pytest.raises(RemoteError, match="changed since it was opened; open it again"):
             model.wait(20)
         del model
